@@ -1,0 +1,3 @@
+"""Recipes for post-training language models in native PyTorch, and the building blocks under them."""
+
+__version__ = "0.7.0"

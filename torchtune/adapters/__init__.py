@@ -1,0 +1,1 @@
+"""Low-rank adapters, as transforms of a built model."""

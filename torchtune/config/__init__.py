@@ -1,0 +1,1 @@
+"""YAML, key=value and dataclasses to validated params."""

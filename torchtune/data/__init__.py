@@ -1,0 +1,1 @@
+"""Rows to messages to tokens and the mask of trained ones."""

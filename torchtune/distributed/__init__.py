@@ -1,0 +1,1 @@
+"""Process group, ranks and collectives."""

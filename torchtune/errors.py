@@ -1,0 +1,128 @@
+"""Every exception that the package raises on purpose. Anything may raise them.
+
+    TuneError
+    ├── ConfigError (ValueError)             keys, values or paths of a run that can't be right; all of them at once
+    ├── DataError (ValueError)               a file, row or template that can't be trained on
+    ├── CheckpointError (ValueError)         a checkpoint that is incomplete, damaged or of another shape
+    ├── UnsupportedError (NotImplementedError)  something known that is not supported here
+    ├── MissingDependencyError (ImportError) an optional library that has to be installed
+    └── TrainingError (RuntimeError)         the run itself went wrong: a loss that is not finite
+        └── StoppedBySignal                  asked to stop: saved, and left on purpose
+
+The parts stay on the exception and the text is made from them, so tests and tools read the parts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` most likely meant, or None if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the known names when there are few and none is near, or nothing."""
+    names = sorted(known)
+    if match := nearest(name, names):
+        return f"; did you mean '{match}'?"
+    return f"; known: {', '.join(names)}" if 0 < len(names) <= 12 else ""
+
+
+class TuneError(Exception):
+    """The root: catch this to catch all of ours."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a run's options.
+
+    Attributes:
+        where: `lora.yaml:14`, `command line` or the name of the argument's source.
+        key: the dotted key concerned, or "" when there is none.
+        message: what was seen, what it should be, what to do.
+    """
+
+    where: str
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.message) if part)
+
+
+class ConfigError(TuneError, ValueError):
+    """All that is wrong with a run's options."""
+
+    def __init__(self, problems: Sequence[Problem] | str, *, key: str = "", where: str = "") -> None:
+        if isinstance(problems, str):
+            problems = [Problem(where, key, problems)]
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) > 1:
+            lines.append(f"{len(lines)} problems, nothing was loaded.")
+        super().__init__("\n".join(lines))
+
+
+class DataError(TuneError, ValueError):
+    """A file, row or template that can't be trained on.
+
+    Attributes:
+        source: `chats.jsonl:12` or the file, or None if the message is about the data as a whole.
+        problem: what was seen there and what was expected.
+    """
+
+    def __init__(self, problem: str, *, source: str | None = None) -> None:
+        self.source = source
+        self.problem = problem
+        super().__init__(f"{source}: {problem}" if source else problem)
+
+
+class CheckpointError(TuneError, ValueError):
+    """A checkpoint that is incomplete, damaged or does not fit; names the file and tensors."""
+
+    def __init__(self, problem: str, *, path: object = None) -> None:
+        self.path = path
+        self.problem = problem
+        super().__init__(f"{path}: {problem}" if path is not None else problem)
+
+
+class UnsupportedError(TuneError, NotImplementedError):
+    """Something known to the field that is not supported here; says what is."""
+
+
+class MissingDependencyError(TuneError, ImportError):
+    """An optional library is absent.
+
+    Attributes:
+        package: what has to be installed.
+        extra: the extra of this project that holds it.
+    """
+
+    def __init__(self, package: str, *, extra: str, needed_for: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(
+            f"{needed_for} needs the package '{package}', which is not installed: "
+            f"pip install {package}, or install torchtune with the extra [{extra}]"
+        )
+
+
+class TrainingError(TuneError, RuntimeError):
+    """The run itself went wrong; the last good checkpoint is kept."""
+
+
+class StoppedBySignal(TrainingError):
+    """The run was asked to stop, saved and left.
+
+    Attributes:
+        signal_number: the signal; the process exits with 128 plus this.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        self.signal_number = signal_number
+        super().__init__(message)

@@ -1,0 +1,1 @@
+"""Quantisation, as transforms of a built model."""

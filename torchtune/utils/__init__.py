@@ -1,0 +1,1 @@
+"""The founding text's door: its names, from their homes."""
