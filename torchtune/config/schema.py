@@ -1,0 +1,22 @@
+"""The JSON schema of a params class, for editors and other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from torchtune.config.keys import shorthand
+
+
+class _WithShorthands(GenerateJsonSchema):
+    def dataclass_schema(self, schema: Any) -> JsonSchemaValue:
+        whole = super().dataclass_schema(schema)
+        short = shorthand(schema["cls"])
+        return {"anyOf": [whole["properties"][short], whole]} if short else whole
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """What a YAML file for `cls` may hold, with descriptions, defaults and bounds."""
+    return TypeAdapter(cls).json_schema(schema_generator=_WithShorthands)

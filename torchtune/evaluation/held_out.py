@@ -1,0 +1,40 @@
+"""The loss on data that is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from torchtune.data.batch import Batch
+from torchtune.distributed.process_group import sum_over_ranks
+from torchtune.errors import DataError
+from torchtune.modules.decoder import CausalLM
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: CausalLM, steps: Iterable[list[Batch]], loss_fn: Callable[..., torch.Tensor], device: torch.device
+) -> float:
+    """Mean cross-entropy over every trained token of the held-out data, in nats.
+
+    One sum over all tokens and ranks, divided once: a mean of batch means would change with the batch size.
+
+    Args:
+        steps: an epoch of the held-out loader.
+    Raises:
+        DataError: the held-out data has no token to predict.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for micro_batches in steps:
+        for batch in micro_batches:
+            batch = batch.to(device)
+            total[0] += model(batch.input_ids, batch.documents, labels=batch.labels, loss=loss_fn).double()
+            total[1] += batch.num_trained
+    model.train(was_training)
+    loss_sum, num_trained = sum_over_ranks(total).tolist()
+    if num_trained == 0:
+        raise DataError("the held-out data has no trained token to measure the loss on")
+    return loss_sum / num_trained

@@ -1,0 +1,92 @@
+"""What the params leave open, decided from the model and the data. Reasons and sources: docs/defaults.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torchtune.recipes.params import FinetuneParams
+
+# Peak rate of AdamW for full fine-tuning, by number of parameters: the smaller the model, the higher.
+FULL_FINETUNE_LR = ((400e6, 1e-4), (2e9, 5e-5), (15e9, 2e-5), (math.inf, 1e-5))
+
+MIN_STEP_TOKENS, MAX_STEP_TOKENS = 512, 32_768
+STEPS_PER_EPOCH = 32
+MAX_PACK_TOKENS = 2048
+DEFAULT_EPOCHS = 3
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How rows become steps.
+
+    Attributes:
+        max_seq_len: tokens of a row at most.
+        batch_size: rows per rank and micro-batch.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+    """
+
+    max_seq_len: int
+    batch_size: int
+    gradient_accumulation_steps: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The values by the params' names."""
+        return asdict(self)
+
+
+def longest_allowed(params: FinetuneParams, config: Mapping[str, Any]) -> int:
+    """The longest row in tokens: what the params say, else the model's context up to 8,192."""
+    return params.max_seq_len or min(int(config.get("max_position_embeddings") or DEFAULT_CONTEXT), DEFAULT_CONTEXT)
+
+
+def choose_batching(
+    params: FinetuneParams, *, longest: int, num_samples: int, num_tokens: int, limit: int, world_size: int
+) -> Batching:
+    """Fill in what the params leave open, by tokens.
+
+    A step aims at 1/32 of an epoch, within 512 to 32,768 tokens: small data still gives enough steps to
+    learn from, large data steps that are worth their cost.
+
+    Args:
+        longest: tokens of the longest sample, after cutting.
+        num_samples: samples of an epoch (estimated where not all were read).
+        num_tokens: their tokens.
+        limit: the longest row allowed, in tokens.
+    """
+    wanted = min(max(num_tokens // STEPS_PER_EPOCH, MIN_STEP_TOKENS), MAX_STEP_TOKENS)
+    if params.max_seq_len:
+        max_seq_len = params.max_seq_len
+    elif params.packed:
+        # A pack holds the longest sample, and else no more than a step wants.
+        max_seq_len = min(_round_up(max(longest, min(wanted, MAX_PACK_TOKENS)), 64), limit)
+    else:
+        max_seq_len = longest
+    batch_size = params.batch_size or (1 if params.packed else 8)
+    row_tokens = max_seq_len if params.packed else max(num_tokens // max(num_samples, 1), 1)
+    accumulation = params.gradient_accumulation_steps or max(round(wanted / (batch_size * row_tokens * world_size)), 1)
+    return Batching(max_seq_len, batch_size, accumulation)
+
+
+def choose_lr(num_parameters: int) -> float:
+    """The peak learning rate of a full fine-tune by AdamW, for a model of so many parameters."""
+    return next(lr for limit, lr in FULL_FINETUNE_LR if num_parameters <= limit)
+
+
+def choose_warmup(num_warmup_steps: int | None, total_steps: int | None) -> int:
+    """Warm-up steps: as given, else 3 % of all steps, at least one and at most 100."""
+    if num_warmup_steps is not None:
+        return num_warmup_steps
+    return 100 if total_steps is None else min(max(round(0.03 * total_steps), 1), 100)
+
+
+def choose_epochs(params: FinetuneParams) -> int | None:
+    """Passes over the data; None where only `max_steps` ends the run."""
+    return params.epochs or (None if params.max_steps else DEFAULT_EPOCHS)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,124 @@
+"""The folder of a run: its name, whether it may be used, and what stands in it beside the checkpoints.
+
+    OUT/config.yaml      the resolved config, the versions and the command
+    OUT/metrics.jsonl    a line per logged step
+    OUT/step_N/          a checkpoint: a complete model folder, and recipe_state/ to resume from
+    OUT/best             the name of the checkpoint with the lowest held-out loss
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtune import __version__
+from torchtune.checkpoint.steps import complete_steps, newest_step, verify_step
+from torchtune.config.serialize import to_yaml
+from torchtune.distributed.process_group import broadcast_object, is_main
+from torchtune.errors import ConfigError
+from torchtune.recipes.params import FinetuneParams
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunFolder:
+    """Where a run writes. Making this object reads, and writes nothing.
+
+    Args:
+        params: the run's params; output_dir and resume_from_checkpoint decide.
+        recipe: the recipe's name, for the default folder.
+    Raises:
+        ConfigError: the folder holds a run that would be overwritten, can't be written, or there is
+            nothing to resume from.
+    """
+
+    def __init__(self, params: FinetuneParams, recipe: str) -> None:
+        default = f"runs/{model_name(params.model_checkpoint)}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(str(broadcast_object(params.output_dir or default)))
+        self.recipe = recipe
+        self.resume_from = self._resume_from(params.resume_from_checkpoint)
+        if self.resume_from is None:
+            self._refuse_to_overwrite(params.resume_from_checkpoint)
+        _refuse_unwritable(self.path)
+
+    def _resume_from(self, wish: bool | str) -> Path | None:
+        if wish is False:
+            return None
+        if isinstance(wish, str) and wish != "auto":
+            return self._named_checkpoint(Path(wish))
+        newest = newest_step(self.path)
+        if newest is None and wish is True:
+            looked = self.path / "step_*"
+            there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else None
+            state = f"it holds {', '.join(there)}" if there else "it is empty" if there == [] else "it does not exist"
+            raise ConfigError(
+                f"no complete checkpoint {looked}: {state}; resume_from_checkpoint=auto starts anew in that case",
+                key="resume_from_checkpoint",
+            )
+        return newest
+
+    def _named_checkpoint(self, path: Path) -> Path:
+        if (path / "recipe_state").is_dir():
+            verify_step(path)
+            return path
+        steps = [f"step_{step}" for step in complete_steps(path if path.is_dir() else path.parent)]
+        known = f"; complete ones there: {', '.join(steps)}" if steps else ""
+        raise ConfigError(f"{path} is no checkpoint of a run{known}", key="resume_from_checkpoint")
+
+    def _refuse_to_overwrite(self, wish: bool | str) -> None:
+        if wish == "auto" or not any((self.path / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
+            if wish == "auto" or not complete_steps(self.path):
+                return
+        steps = complete_steps(self.path)
+        holds = f"a run with checkpoints up to step {steps[-1]}" if steps else "a run without a checkpoint"
+        raise ConfigError(
+            f"{self.path} already holds {holds}; go on with it by resume_from_checkpoint={'true' if steps else 'auto'}, "
+            "or name another output_dir",
+            key="output_dir",
+        )
+
+    def write_config(self, params: FinetuneParams, chosen: Mapping[str, Any]) -> None:
+        """Write OUT/config.yaml: params that give this run again, under comments with versions and command.
+
+        Args:
+            chosen: what was decided for keys that the params left open; written as comments.
+        """
+        if not is_main():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        header = [
+            f"# tune run {self.recipe} --config {self.path / CONFIG_FILE}",
+            f"# command: {shlex.join(sys.argv)}",
+            f"# torchtune {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+            "# decided by this run: " + ", ".join(f"{key}={value}" for key, value in chosen.items()),
+        ]
+        beside = self.path / f".{CONFIG_FILE}.tmp"
+        beside.write_text("\n".join(header) + "\n" + to_yaml(params), encoding="utf-8")
+        os.replace(beside, self.path / CONFIG_FILE)
+
+
+def model_name(source: str) -> str:
+    """A short name for a checkpoint's path or hub id, for folders."""
+    path = Path(source)
+    name = path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
+    # A checkpoint of ours is called step_N; the run that it belongs to says more.
+    return f"{path.resolve().parent.name}-{name}" if name.startswith("step_") else name
+
+
+def _refuse_unwritable(path: Path) -> None:
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is a file, so {path} can't be made", key="output_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{existing} can't be written to by this user", key="output_dir")
+
+

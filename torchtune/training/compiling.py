@@ -1,0 +1,14 @@
+"""torch.compile, layer by layer: the same code for every layer is compiled once."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def apply_compile(layers: nn.ModuleList) -> None:
+    """Compile each layer in place; parameter names stay as they are.
+
+    The token axis changes its length from batch to batch, so it is marked dynamic from the start.
+    """
+    for layer in layers:
+        layer.compile(dynamic=True)

@@ -1,0 +1,81 @@
+"""What happens to gradients between the backward pass and the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from torchtune.errors import TrainingError
+
+MAX_ROWS_NAMED = 20
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
+    """The norm of all gradients together, as a tensor on their device; they are scaled down to `max_norm` in place.
+
+    With `max_norm` None or infinite nothing is scaled. The host does not wait.
+    """
+    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
+    if max_norm is not None and math.isfinite(max_norm):
+        nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+@dataclass
+class _Pending:
+    step: int
+    losses: list[torch.Tensor]
+    grad_norm: torch.Tensor
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass
+class FiniteGuard:
+    """Stops a run whose loss or gradient is not finite, naming the step, the rows and the parameter.
+
+    A step is added as it is computed and checked when the host waits for the device anyway; nothing is
+    saved unchecked, so the last checkpoint is always a good one.
+    """
+
+    _pending: list[_Pending] = field(default_factory=list)
+
+    def add(
+        self, step: int, losses: list[torch.Tensor], grad_norm: torch.Tensor, rows: Sequence[Sequence[str]]
+    ) -> None:
+        """Remember a step: the summed loss of each micro-batch and the rows that each was made from."""
+        self._pending.append(_Pending(step, losses, grad_norm, rows))
+
+    def check(self, model: nn.Module) -> None:
+        """Wait for the device and look at all steps since the last check.
+
+        Raises:
+            TrainingError: one of them had a loss or a gradient that is not finite.
+        """
+        pending, self._pending = self._pending, []
+        for step in pending:
+            losses = [loss.item() for loss in step.losses]
+            norm = step.grad_norm.item()
+            if all(map(math.isfinite, losses)) and math.isfinite(norm):
+                continue
+            raise TrainingError(_diagnosis(step, losses, norm, model))
+
+
+def _diagnosis(step: _Pending, losses: list[float], norm: float, model: nn.Module) -> str:
+    bad = [rows for rows, loss in zip(step.rows, losses, strict=True) if not math.isfinite(loss)]
+    named = [row for rows in (bad or step.rows) for row in rows]
+    more = f" and {len(named) - MAX_ROWS_NAMED} more" if len(named) > MAX_ROWS_NAMED else ""
+    parameter = next(
+        (name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())), None
+    )
+    return (
+        f"step {step.step}: the loss is {sum(losses)} and the gradient norm {norm}; the run stops here and this step "
+        f"is not kept. Rows: {', '.join(named[:MAX_ROWS_NAMED])}{more}."
+        + (f" First parameter with such a gradient: {parameter}." if parameter else "")
+        + " Lower optimizer.lr, lengthen the warm-up, or use dtype=fp32; resume_from_checkpoint=true goes on from "
+        "the last checkpoint."
+    )

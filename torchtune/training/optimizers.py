@@ -1,0 +1,162 @@
+"""Which parameters are trained, at which rate and decay, and in which precision the step is taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchtune.errors import ConfigError
+from torchtune.training.precision import stochastic_round_
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters whose name matches `pattern` (`re.search`) get these values in place of the optimizer's."""
+
+    pattern: str
+    values: dict[str, float]
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Stop training the parameters whose name matches one of `patterns`; return their names.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    frozen = set()
+    for pattern in patterns:
+        matched = _matching(pattern, names, key="freeze")
+        frozen.update(matched)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("every parameter is frozen; nothing is left to train", key="freeze")
+    return sorted(frozen)
+
+
+def build_param_groups(
+    model: nn.Module, groups: Sequence[ParamGroup], *, weight_decay: float | None
+) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: one per set of equal values, in the order of the model's parameters.
+
+    Weights of two or more dimensions decay; biases and norms do not, since decay would pull them to
+    zero and not towards a simpler function (Loshchilov & Hutter, 2019, arXiv:1711.05101, decay weights).
+    A group that names its own `weight_decay` gets it for all that it matches.
+
+    Raises:
+        ConfigError: a group's pattern matches no trained parameter, or two groups match the same one.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    owner: dict[str, ParamGroup] = {}
+    for group in groups:
+        for name in _matching(group.pattern, [name for name, _ in trained], key="param_groups"):
+            if name in owner:
+                raise ConfigError(
+                    f"'{name}' matches both '{owner[name].pattern}' and '{group.pattern}'; make one of them narrower",
+                    key="param_groups",
+                )
+            owner[name] = group
+    made: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        values = dict(owner[name].values) if name in owner else {}
+        if weight_decay and parameter.dim() < 2:
+            values.setdefault("weight_decay", 0.0)
+        made.setdefault(tuple(sorted(values.items())), []).append(parameter)
+    return [{"params": parameters, **dict(values)} for values, parameters in made.items()]
+
+
+def _matching(pattern: str, names: Sequence[str], *, key: str) -> list[str]:
+    try:
+        matched = [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise ConfigError(f"'{pattern}' is no regular expression: {error}", key=key) from error
+    if not matched:
+        raise ConfigError(f"'{pattern}' matches no parameter; their names are like '{names[0]}'", key=key)
+    return matched
+
+
+class StochasticRounding(torch.optim.Optimizer):
+    """Steps bfloat16 parameters in float32 and rounds the result so that small updates survive on average.
+
+    One inner optimizer a parameter, so that only one float32 copy of a parameter exists at a time;
+    its state (moments) stays float32. `param_groups` and `state_dict` are like any optimizer's.
+
+    Args:
+        params: parameter groups, as any optimizer takes them.
+        build: makes the inner optimizer from a list of groups.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], build: Callable[..., torch.optim.Optimizer]) -> None:
+        groups = list(params)
+        self._inner: dict[nn.Parameter, torch.optim.Optimizer] = {}
+        self._masters: dict[nn.Parameter, nn.Parameter] = {}
+        defaults: dict[str, Any] = {}
+        for group in groups:
+            values = {key: value for key, value in group.items() if key != "params"}
+            for parameter in group["params"]:
+                master = nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
+                self._masters[parameter] = master
+                self._inner[parameter] = build([{"params": [master], **values}])
+                defaults = self._inner[parameter].defaults
+        super().__init__(groups, defaults)
+        # The seed of a step is drawn from torch's generator, which the recipe seeds per step: resumable.
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient; `closure` is not supported."""
+        for group in self.param_groups:
+            values = {key: value for key, value in group.items() if key != "params"}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, values)
+
+    def _step_one(self, parameter: nn.Parameter, values: dict[str, Any]) -> None:
+        inner, master = self._inner[parameter], self._masters[parameter]
+        inner.param_groups[0].update(values)
+        master.data = parameter.float()
+        assert parameter.grad is not None
+        master.grad = parameter.grad.float()
+        inner.step()
+        stochastic_round_(parameter.data, master.data)
+        master.data, master.grad = master.data.new_empty(0), None
+        self.state[parameter] = inner.state[master]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore state; the inner optimizers see it through the shared dictionaries."""
+        before = {parameter: parameter.dtype for parameter in self._masters}
+        super().load_state_dict(state_dict)
+        packed = {index: state for index, state in state_dict["state"].items()}
+        order = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(order):
+            if index in packed:
+                # The base class casts state to the parameter's type; the moments are float32.
+                restored = {
+                    key: value.to(parameter.device).clone() if torch.is_tensor(value) else value
+                    for key, value in packed[index].items()
+                }
+                self._inner[parameter].state[self._masters[parameter]] = restored
+                self.state[parameter] = restored
+        assert all(parameter.dtype == dtype for parameter, dtype in before.items())
+
+
+def build_optimizer(
+    model: nn.Module, build: Callable[..., torch.optim.Optimizer], groups: Sequence[ParamGroup], *, weight_decay: float | None
+) -> torch.optim.Optimizer:
+    """An optimizer over the trained parameters.
+
+    Args:
+        build: makes the optimizer from a list of parameter groups, the options already bound.
+        groups: other rates or decays by name.
+        weight_decay: the optimizer's own, if it has one.
+    """
+    made = build_param_groups(model, groups, weight_decay=weight_decay)
+    if any(parameter.dtype == torch.bfloat16 for group in made for parameter in group["params"]):
+        return StochasticRounding(made, build)
+    return build(made)

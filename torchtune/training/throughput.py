@@ -1,0 +1,45 @@
+"""How fast a run goes and how much memory it takes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+
+class StepTimer:
+    """Seconds and tokens since the last logged step, without the time that `pause` spans took.
+
+    Evaluation and checkpoints are no training, so their time is left out of tokens per second.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting from now."""
+        self._start = time.perf_counter()
+        self._num_tokens = 0
+        self._num_steps = 0
+
+    def add_step(self, num_tokens: int) -> None:
+        """Count an optimizer step of `num_tokens` real tokens (no padding), on all ranks together."""
+        self._num_tokens += num_tokens
+        self._num_steps += 1
+
+    def metrics(self) -> dict[str, float]:
+        """`seconds` a step and `tokens_per_second` since the last call; starts the next span."""
+        elapsed = time.perf_counter() - self._start
+        values = {"tokens_per_second": self._num_tokens / elapsed, "seconds": elapsed / max(self._num_steps, 1)}
+        self.reset()
+        return values
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: allocated on a CUDA device, or resident of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
