@@ -1,0 +1,285 @@
+"""Where in a rendering the model speaks, proven against what inference would feed it.
+
+For the assistant's turn i, two renderings say it all: what inference feeds before it (the messages before it,
+with the generation prompt), and the conversation up to and with it. What the second has beyond the first is
+what the model is to say, and it is trained up to and with the end of turn.
+
+Earlier turns of a chat share one sample, as long as each stands there exactly as it would at inference. Where
+a template writes an earlier turn otherwise (reasoning dropped once a user has answered), it gets a sample of
+its own. Which words are whose is read off the tracked rendering, so a region that holds another message's
+words is an error, not a mask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchtune.data.messages import Conversation
+from torchtune.data.template import ChatTemplate, Message
+from torchtune.data.tracked import GENERATION, Tracked, concat
+from torchtune.errors import DataError
+
+# Fields that stand in a turn's header; all others are what is said.
+HEADER_FIELDS = frozenset(["role", "name", "from"])
+_PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
+_SHOWN_CHARS = 40
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A region of a text that the model is to say: characters `start` to `end`, the end of turn included."""
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass
+class Draft:
+    """A sample as text.
+
+    Attributes:
+        text: the whole of it.
+        turns: what of it is trained, in order.
+        is_chat: a template wrote it, special tokens and all; else BOS and EOS are the tokenizer's to add.
+    """
+
+    text: Tracked
+    turns: list[Turn]
+    is_chat: bool = True
+
+
+@dataclass
+class Drafts:
+    """What became of one row.
+
+    Attributes:
+        drafts: its samples, the longest first.
+        notes: what was found in it that the user should hear of, once.
+    """
+
+    drafts: list[Draft]
+    notes: set[str] = field(default_factory=set)
+
+
+class TurnFinder:
+    """Finds the assistant's turns of conversations in the renderings of one template.
+
+    Args:
+        template: renders.
+        special_tokens: the texts of the tokenizer's special tokens.
+        added_tokens: those of all added tokens.
+        stop_tokens: the texts of tokens on which generation stops.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        special_tokens: Collection[str],
+        added_tokens: Collection[str],
+        stop_tokens: Collection[str],
+    ) -> None:
+        self.template = template
+        self._special = _alternatives(special_tokens)
+        self._added = _alternatives(added_tokens)
+        self._stops = set(stop_tokens)
+        self._header = ""  # what opens the assistant's turn after the user's, by the generation prompt or else
+        self._lead = ""  # what stands between the generation prompt and the first word
+        self._has_generation_prompt = True
+        self._arguments_as_text: bool | None = None  # asked for once a row has calls
+        self._probe()
+
+    def drafts(self, conversation: Conversation, wanted: Sequence[int]) -> Drafts:
+        """The samples that train the assistant messages `wanted`, ascending.
+
+        Raises:
+            DataError: the template refuses the messages, or does not read as inference will.
+        """
+        messages, tools = self.with_arguments(conversation.messages), conversation.tools
+        result = Drafts([])
+        for i in reversed(wanted):
+            prompt = self.template.render(messages[:i], tools, add_generation_prompt=True)
+            whole = self.template.render(messages[: i + 1], tools) if result.drafts else ""
+            turn = None
+            for draft in result.drafts:
+                if turn := self._within(draft, prompt, whole, i):
+                    draft.turns.insert(0, turn)
+                    break
+            if turn is None:
+                result.drafts.append(self._own(prompt, i, messages, tools))
+        if self.template.has_generation_marks:
+            for draft in result.drafts:
+                result.notes.update(filter(None, (self._compare_marks(draft, turn) for turn in draft.turns)))
+        return result
+
+    def with_arguments(self, messages: list[Message]) -> list[Message]:
+        """The messages with tool calls' arguments as this template prints them: as an object, or as JSON text."""
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        if self._arguments_as_text is None:
+            self._arguments_as_text = _wants_text(self.template)
+        return _with_text_arguments(messages) if self._arguments_as_text else messages
+
+    def _within(self, draft: Draft, prompt: str, whole: str, i: int) -> Turn | None:
+        """Turn i in a draft that ends with a later turn; None if it stands there otherwise than at inference.
+
+        `whole` is the conversation up to and with turn i.
+        """
+        last_word = max((end for _, end in _words(draft.text, i)), default=0)
+        if not (draft.text.startswith(prompt) and whole.startswith(prompt) and whole.startswith(draft.text[:last_word])):
+            return None
+        turn = self._turn(draft.text, whole, prompt, i)
+        if not draft.text.startswith(whole[: turn.end]):
+            return None
+        _refuse_foreign(draft.text, turn)
+        return turn
+
+    def _own(self, prompt: str, i: int, messages: Sequence[Message], tools: list[Any] | None) -> Draft:
+        """A draft that ends with turn i."""
+        text = self.template.render_tracked(messages[: i + 1], tools)
+        if not text.startswith(prompt):
+            # The template writes what comes before otherwise when a turn follows: go by what inference feeds.
+            before = self.template.render_tracked(messages[:i], tools, add_generation_prompt=True)
+            text = concat((before, text.cut(self._opening(text, prompt, i), len(text))))
+        turn = self._turn(text, text, prompt, i)
+        _refuse_foreign(text, turn)
+        return Draft(text, [turn])
+
+    def _turn(self, text: Tracked, whole: str, prompt: str, i: int) -> Turn:
+        """Turn i, which stands behind `prompt` in `text`, and at the end of `whole`."""
+        words = _words(text, i)
+        start = len(prompt)
+        tail = max([end for _, end in words], default=start)
+        end = tail + self._end_of_turn(whole[tail:], i)
+        if words and words[0][0] < start:
+            raise DataError(f"the chat template writes words of message {i + 1} before the assistant's turn is opened")
+        if not self._has_generation_prompt:
+            header = text[start : words[0][0]] if words else self._lead if whole[start:].startswith(self._lead) else ""
+            if header.strip():
+                # Inference has to open the turn itself; a space before the first word is the model's to say.
+                start += len(header.rstrip(" "))
+        return Turn(i, start, end)
+
+    def _opening(self, text: Tracked, prompt: str, i: int) -> int:
+        """Where turn i begins in a rendering that does not begin with `prompt`."""
+        first_word = min((begin for begin, _ in _words(text, i)), default=len(text))
+        place = text.rfind(self._header, 0, first_word) if self._header else -1
+        if place >= 0:
+            return place + len(self._header)
+        if not self._header and text[:first_word].endswith(self._lead):
+            return first_word - len(self._lead)
+        shared = next((k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt)))
+        raise DataError(
+            f"the chat template opens the turn of message {i + 1} at inference with {_shown(prompt[shared:])} but "
+            f"writes it here as {_shown(str(text)[shared:])}, so training on it would not read as inference does; "
+            "give dataset.chat_template a template for training, or the variable that makes them agree "
+            "by dataset.chat_template_kwargs"
+        )
+
+    def _end_of_turn(self, tail: str, i: int) -> int:
+        """How much of `tail`, the template's text behind the turn's last word, the model is to say."""
+        found = [place + len(stop) for stop in self._stops if (place := tail.find(stop)) >= 0]
+        if found:
+            return min(found)
+        if specials := [match.end() for match in self._special.finditer(tail)]:
+            return specials[-1]
+        if tail:
+            return len(tail.rstrip()) or len(tail)
+        raise DataError(
+            f"the chat template writes nothing behind the words of message {i + 1}, so that the model would never "
+            "learn to stop; give dataset.chat_template one that ends the assistant's turns"
+        )
+
+    def _probe(self) -> None:
+        """Learn from a made-up exchange how this template opens and ends the assistant's turn."""
+        try:
+            fed = self.template.render(_PROBE[:1], add_generation_prompt=True)
+            without = self.template.render(_PROBE[:1])
+            whole = self.template.render_tracked(_PROBE)
+        except DataError:
+            return  # a template that wants other messages: each row then speaks for itself
+        words = _words(whole, 1)
+        if not words:
+            return
+        self._has_generation_prompt = fed != without
+        tail = str(whole)[words[-1][1] :]
+        if match := self._special.search(tail) or self._added.search(tail):
+            self._stops.add(match.group())
+        if fed.startswith(without):
+            self._header = fed[len(without) :]
+        if whole.startswith(fed):
+            self._lead = str(whole)[len(fed) : words[0][0]]
+
+    def _compare_marks(self, draft: Draft, turn: Turn) -> str | None:
+        """What the template's own generation marks say otherwise about a turn, if anything."""
+        marked = [(s, e) for s, e, label in draft.text.spans if label == GENERATION and s < turn.end and e > turn.start]
+        if not marked:
+            return "the template's generation marks leave out an assistant turn, which is trained here"
+        text = str(draft.text)
+        start, end = marked[0][0], marked[-1][1]
+        last_word = max((end for _, end in _words(draft.text, turn.message)), default=turn.start)
+        if text[min(start, turn.start) : max(start, turn.start)].strip():
+            where = "earlier" if start < turn.start else "later"
+            return f"the template's generation marks begin {where} than what the model says after the generation prompt"
+        if end < last_word or text[turn.end : end].strip():
+            return "the template's generation marks end elsewhere than the assistant's turn"
+        if text[end : turn.end].strip():
+            left_out = text[end : turn.end].strip()
+            return f"the template's generation marks leave out the end of turn {left_out!r}, which is trained here"
+        return None
+
+
+def _wants_text(template: ChatTemplate) -> bool:
+    """Whether a template can only print arguments that are text: with an object it fails, or writes Python's form."""
+    function = {"name": "probe", "arguments": {"probe-k": "probe-v"}}
+    calls = [*_PROBE[:1], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
+    try:
+        return "{'probe-k': 'probe-v'}" in template.render(calls)
+    except DataError:
+        pass
+    try:
+        template.render(_with_text_arguments(calls))
+    except DataError:
+        return False  # it is something else that it misses; the row's own rendering will say what
+    return True
+
+
+def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    return [
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]} if "tool_calls" in message else message
+        for message in messages
+    ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _words(text: Tracked, i: int) -> list[tuple[int, int]]:
+    """Regions that come from what message i says."""
+    return [(s, e) for s, e, label in text.spans if label[0] == i and label[1] not in HEADER_FIELDS]
+
+
+def _refuse_foreign(text: Tracked, turn: Turn) -> None:
+    """Raise for a turn in which the words of another message stand."""
+    for start, end, (message, name) in text.spans:
+        if start < turn.end and end > turn.start and message != turn.message and (message, name) != GENERATION:
+            raise DataError(
+                f"the chat template writes {name} of {f'message {message + 1}' if message >= 0 else 'the row'} "
+                f"into the turn of message {turn.message + 1}: {_shown(text[start:end])}"
+            )
+
+
+def _alternatives(tokens: Collection[str]) -> re.Pattern[str]:
+    """Matches any of `tokens`, the longest first; nothing if there are none."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")

@@ -1,0 +1,68 @@
+"""The cross-entropy, together with the projection onto the vocabulary that comes before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORE_INDEX = -100
+
+
+class LinearCrossEntropy(nn.Module):
+    """Sum of -log softmax(hidden @ weight.T)[target] over all rows, the logits never whole in memory.
+
+    Letters: N rows, D hidden_size, V vocab_size. Rows are taken in chunks; each chunk's gradient is made
+    right after its loss, while its logits are at hand, so no product is computed twice.
+
+    Args:
+        chunk_size: rows whose logits exist at a time.
+    """
+
+    def __init__(self, chunk_size: int = 1024) -> None:
+        super().__init__()
+        self.chunk_size = chunk_size
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """hidden [N, D], weight [V, D], targets [N] int64 -> float32 scalar (float64 for float64)."""
+        return _LinearCrossEntropy.apply(hidden, weight, targets, self.chunk_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        weight_cast = weight.to(hidden.dtype)
+        # needs_input_grad is set in evaluation too; gradients are made only where backward can come.
+        needs_hidden = ctx.needs_input_grad[0] and hidden.requires_grad
+        needs_weight = ctx.needs_input_grad[1] and weight.requires_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight: Tensor | None = None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = hidden[rows] @ weight_cast.T  # [n, V]
+            picked = logits.gather(1, targets[rows, None]).to(wide)
+            log_z = torch.logsumexp(logits.to(wide), dim=-1, keepdim=True)
+            total += (log_z - picked).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_logits = torch.exp(logits.to(wide).sub_(log_z))
+            grad_logits.scatter_add_(1, targets[rows, None], torch.full_like(log_z, -1.0))
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
+            if needs_weight:
+                part = grad_logits.T @ hidden[rows]
+                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # Scaled in float32 and in place: fp16's loss scale would overflow in the gradient's own type.
+        hidden = None if grad_hidden is None else grad_hidden * grads[0].to(grad_hidden.dtype)
+        weight = None if grad_weight is None else grad_weight.mul_(grads[0].to(grad_weight.dtype))
+        return hidden, weight, None, None

@@ -1,0 +1,188 @@
+"""Rotary position embeddings, in the half-rotated layout of Hugging Face checkpoints.
+
+A pair of dims (i, i + H/2) of a head is turned by position x frequency_i. The kinds differ in how the
+frequencies are stretched for contexts longer than those of pre-training. Source: Su et al., 2021
+(arXiv:2104.09864); the kinds' own sources are at their functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtune.errors import UnsupportedError, did_you_mean
+
+
+@dataclass(frozen=True)
+class RotaryAngles:
+    """cos and sin of a batch's positions: [T, H_rot], made once and used by every layer."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Turn the heads of x, [T, heads, H], by each token's position; dims beyond H_rot pass through."""
+        size = self.cos.shape[-1]
+        rotated, passed = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+        cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
+        first, second = rotated.chunk(2, dim=-1)
+        turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+        return turned if passed is None else torch.cat((turned, passed), dim=-1)
+
+
+@dataclass
+class RotaryEmbedding:
+    """Frequencies of a model, and the angles that they give at a batch's positions.
+
+    No module and no buffer: it is computed from the config, so it is right on any device at any time,
+    a model built on the meta device included.
+
+    Attributes:
+        inv_freq: [H_rot / 2] float32, on the CPU.
+        attention_scaling: what cos and sin are multiplied by (yarn, longrope).
+        long: beyond `original_length` positions, another pair of the two (longrope), or a function of
+            the longest position (dynamic).
+    """
+
+    inv_freq: Tensor
+    attention_scaling: float = 1.0
+    for_length: Callable[[int], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def angles(self, positions: Tensor, longest: int, dtype: torch.dtype) -> RotaryAngles:
+        """The angles at `positions` [T], for documents of up to `longest` positions, in `dtype`.
+
+        Taken in float32 and cast once, as transformers does; float64 models get float32's angles too.
+        """
+        if self.for_length is not None:
+            inv_freq = self.for_length(longest).to(positions.device)
+        else:
+            if positions.device not in self._on_device:
+                self._on_device[positions.device] = self.inv_freq.to(positions.device)
+            inv_freq = self._on_device[positions.device]
+        angles = torch.outer(positions.float(), inv_freq)  # [T, H_rot / 2]
+        angles = torch.cat((angles, angles), dim=-1)
+        return RotaryAngles(
+            (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+        )
+
+
+def build_rotary(rope: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int) -> RotaryEmbedding:
+    """The rotary embedding that a config's `rope_parameters` describe.
+
+    Args:
+        rope: with `rope_type`, `rope_theta` and what the type needs, in the newer spelling.
+        head_dim: size of a head; `partial_rotary_factor` of it is turned.
+        max_position_embeddings: the model's context.
+    Raises:
+        UnsupportedError: another `rope_type`.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind not in KINDS:
+        raise UnsupportedError(f"rope_type '{kind}' is not supported{did_you_mean(kind, KINDS)}")
+    size = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    # On the CPU even while a model is built on the meta device: these are numbers, not weights.
+    with torch.device("cpu"):
+        return KINDS[kind](rope, size, max_position_embeddings)
+
+
+def _inv_freq(theta: float, size: int) -> Tensor:
+    return 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
+
+
+def _default(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
+    return RotaryEmbedding(_inv_freq(rope["rope_theta"], size))
+
+
+def _linear(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
+    """Positions divided by a factor. Source: Chen et al., 2023 (arXiv:2306.15595)."""
+    return RotaryEmbedding(_inv_freq(rope["rope_theta"], size) / rope["factor"])
+
+
+def _dynamic(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
+    """NTK-aware: the base grows with the longest position beyond the context."""
+    base, factor = rope["rope_theta"], rope["factor"]
+
+    def for_length(longest: int) -> Tensor:
+        length = max(longest, max_positions)
+        grown = base * ((factor * length / max_positions) - (factor - 1)) ** (size / (size - 2))
+        with torch.device("cpu"):
+            return _inv_freq(grown, size)
+
+    return RotaryEmbedding(for_length(0), for_length=for_length)
+
+
+def _llama3(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
+    """Low frequencies divided by a factor, high ones kept, those between blended. Source: Llama 3.1's release."""
+    inv_freq = _inv_freq(rope["rope_theta"], size)
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (original / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    divided = torch.where(wavelength > original / low, inv_freq / factor, inv_freq)
+    between = (wavelength >= original / high) & (wavelength <= original / low)
+    return RotaryEmbedding(torch.where(between, blended, divided))
+
+
+def _yarn(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
+    """Blends stretched and kept frequencies along a ramp. Source: Peng et al., 2023 (arXiv:2309.00071)."""
+    base = rope["rope_theta"]
+    original = rope.get("original_max_position_embeddings") or max_positions
+    factor = rope.get("factor") or max_positions / original
+
+    def attention_factor(scale: float, mscale: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        if mscale and mscale_all:
+            scaling = attention_factor(factor, mscale) / attention_factor(factor, mscale_all)
+        else:
+            scaling = attention_factor(factor)
+
+    def dim_of(num_rotations: float) -> float:
+        return size * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001  # a ramp of no width would divide by zero
+    ramp = ((torch.arange(size // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    frequencies = base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    stretched, kept = 1.0 / (factor * frequencies), 1.0 / frequencies
+    return RotaryEmbedding(stretched * ramp + kept * (1 - ramp), attention_scaling=float(scaling))
+
+
+def _longrope(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
+    """A factor per frequency, one list within the original context, another beyond. Source: arXiv:2402.13753."""
+    base = rope["rope_theta"]
+    original = rope.get("original_max_position_embeddings") or max_positions
+    factor = max_positions / original if "original_max_position_embeddings" in rope else rope.get("factor", 1.0)
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+    frequencies = base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
+    short = 1.0 / (torch.tensor(rope["short_factor"], dtype=torch.float32) * frequencies)
+    long = 1.0 / (torch.tensor(rope["long_factor"], dtype=torch.float32) * frequencies)
+    return RotaryEmbedding(short, float(scaling), for_length=lambda longest: long if longest > original else short)
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any], int, int], RotaryEmbedding]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
