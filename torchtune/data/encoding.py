@@ -60,7 +60,8 @@ class Encoder:
         adds_bos = tokenizer.encode_plain_text("a")[:1] == [bos] != tokenizer.encode("a").ids[:1]
         self._bos = bos if adds_bos else None
         # Some tokenizers write a space before a text's first word, which is not there in the middle of one.
-        self._anchor = tokenizer.eos_token or tokenizer.bos_token or ""
+        anchor = tokenizer.eos_token or tokenizer.bos_token or ""
+        self._anchor = "" if tokenizer.encode("a").ids == tokenizer.encode(f"{anchor}a").ids[1:] else anchor
         self._prompt_tails: dict[str, list[int]] = {}
 
     def samples(self, drafts: Sequence[Draft], *, source: str, row: int) -> list[Sample]:

@@ -23,8 +23,6 @@ from torchtune.data.turns import Draft, Drafts, Turn, TurnFinder
 from torchtune.errors import DataError
 from torchtune.tokenizers.tokenizer import Tokenizer
 
-NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-
 
 @dataclass
 class Rendered:
@@ -73,11 +71,10 @@ class Renderer:
         self.reading = reading
         self.train_on = train_on
         self._encoder = Encoder(tokenizer, special_tokens_in_content)
-        named = {name: token for name in NAMED_TOKENS if (token := getattr(tokenizer, name, None)) is not None}
-        variables = {**named, **(template_variables or {})}
+        variables = {**tokenizer.special, **(template_variables or {})}
         templates = {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
         now = now or datetime.now()
-        stops = {*stop_tokens, *([named["eos_token"]] if "eos_token" in named else [])}
+        stops = {*stop_tokens, *filter(None, [tokenizer.eos_token])}
         self._finders = {
             name: TurnFinder(
                 ChatTemplate(source, variables, now), tokenizer.special_tokens, tokenizer.added_tokens, stops
@@ -131,7 +128,7 @@ class Renderer:
         finder = self._finders["tool_use" if read.tools and "tool_use" in self._finders else "default"]
         try:
             if self.train_on == "all":
-                text = finder.template.render_tracked(finder.with_arguments(read.messages), read.tools)
+                text = finder.template.render_tracked(finder.with_calls(read.messages), read.tools)
                 return Drafts([Draft(text, [Turn(0, 0, len(text))])])
             return finder.drafts(read, wanted)
         except TemplateRefused as error:

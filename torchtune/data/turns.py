@@ -12,15 +12,15 @@ words is an error, not a mask.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchtune.data.messages import Conversation
+from torchtune.data.calls import calls_as, rewrite_calls
 from torchtune.data.template import ChatTemplate, Message
-from torchtune.data.tracked import GENERATION, Tracked, concat
+from torchtune.data.tracked import GENERATION, TOOLS, Tracked, concat, plain
 from torchtune.errors import DataError
 
 # Fields that stand in a turn's header; all others are what is said.
@@ -58,7 +58,7 @@ class Drafts:
     """What became of one row.
 
     Attributes:
-        drafts: its samples, the longest first.
+        drafts: its samples, in the order of their turns.
         notes: what was found in it that the user should hear of, once.
     """
 
@@ -87,10 +87,10 @@ class TurnFinder:
         self._special = _alternatives(special_tokens)
         self._added = _alternatives(added_tokens)
         self._stops = set(stop_tokens)
-        self._header = ""  # what opens the assistant's turn after the user's, by the generation prompt or else
-        self._lead = ""  # what stands between the generation prompt and the first word
+        self._header = ""  # what opens the assistant's turn: the generation prompt, or what stands in its place
+        self._lead = ""  # what stands between what inference feeds and the first word
         self._has_generation_prompt = True
-        self._arguments_as_text: bool | None = None  # asked for once a row has calls
+        self._calls_as: str | None = None  # asked for once a row has calls
         self._probe()
 
     def drafts(self, conversation: Conversation, wanted: Sequence[int]) -> Drafts:
@@ -99,7 +99,7 @@ class TurnFinder:
         Raises:
             DataError: the template refuses the messages, or does not read as inference will.
         """
-        messages, tools = self.with_arguments(conversation.messages), conversation.tools
+        messages, tools = self.with_calls(conversation.messages), conversation.tools
         result = Drafts([])
         for i in reversed(wanted):
             prompt = self.template.render(messages[:i], tools, add_generation_prompt=True)
@@ -111,18 +111,20 @@ class TurnFinder:
                     break
             if turn is None:
                 result.drafts.append(self._own(prompt, i, messages, tools))
+                result.notes |= _left_out(result.drafts[-1].text, messages[: i + 1], conversation)
         if self.template.has_generation_marks:
             for draft in result.drafts:
                 result.notes.update(filter(None, (self._compare_marks(draft, turn) for turn in draft.turns)))
+        result.drafts.reverse()
         return result
 
-    def with_arguments(self, messages: list[Message]) -> list[Message]:
-        """The messages with tool calls' arguments as this template prints them: as an object, or as JSON text."""
+    def with_calls(self, messages: list[Message]) -> list[Message]:
+        """The messages with tool calls as this template can write them (CALLS_AS)."""
         if not any("tool_calls" in message for message in messages):
             return messages
-        if self._arguments_as_text is None:
-            self._arguments_as_text = _wants_text(self.template)
-        return _with_text_arguments(messages) if self._arguments_as_text else messages
+        if self._calls_as is None:
+            self._calls_as = calls_as(self.template)
+        return rewrite_calls(messages, self._calls_as)
 
     def _within(self, draft: Draft, prompt: str, whole: str, i: int) -> Turn | None:
         """Turn i in a draft that ends with a later turn; None if it stands there otherwise than at inference.
@@ -157,11 +159,9 @@ class TurnFinder:
         end = tail + self._end_of_turn(whole[tail:], i)
         if words and words[0][0] < start:
             raise DataError(f"the chat template writes words of message {i + 1} before the assistant's turn is opened")
-        if not self._has_generation_prompt:
-            header = text[start : words[0][0]] if words else self._lead if whole[start:].startswith(self._lead) else ""
-            if header.strip():
-                # Inference has to open the turn itself; a space before the first word is the model's to say.
-                start += len(header.rstrip(" "))
+        # Where there is no generation prompt, inference has to write what opens the turn itself.
+        if not self._has_generation_prompt and whole[start:].startswith(self._header):
+            start += len(self._header)
         return Turn(i, start, end)
 
     def _opening(self, text: Tracked, prompt: str, i: int) -> int:
@@ -175,7 +175,7 @@ class TurnFinder:
         shared = next((k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt)))
         raise DataError(
             f"the chat template opens the turn of message {i + 1} at inference with {_shown(prompt[shared:])} but "
-            f"writes it here as {_shown(str(text)[shared:])}, so training on it would not read as inference does; "
+            f"writes it here as {_shown(plain(text)[shared:])}, so training on it would not read as inference does; "
             "give dataset.chat_template a template for training, or the variable that makes them agree "
             "by dataset.chat_template_kwargs"
         )
@@ -206,20 +206,23 @@ class TurnFinder:
         if not words:
             return
         self._has_generation_prompt = fed != without
-        tail = str(whole)[words[-1][1] :]
+        tail = plain(whole)[words[-1][1] :]
         if match := self._special.search(tail) or self._added.search(tail):
             self._stops.add(match.group())
-        if fed.startswith(without):
-            self._header = fed[len(without) :]
         if whole.startswith(fed):
-            self._lead = str(whole)[len(fed) : words[0][0]]
+            self._lead = plain(whole)[len(fed) : words[0][0]]
+        if self._has_generation_prompt:
+            self._header = fed[len(without) :] if fed.startswith(without) else ""
+        elif self._lead.strip():
+            # A space before the first word is the model's to say: it is part of the word's token.
+            self._header = self._lead.rstrip(" ")
 
     def _compare_marks(self, draft: Draft, turn: Turn) -> str | None:
         """What the template's own generation marks say otherwise about a turn, if anything."""
         marked = [(s, e) for s, e, label in draft.text.spans if label == GENERATION and s < turn.end and e > turn.start]
         if not marked:
             return "the template's generation marks leave out an assistant turn, which is trained here"
-        text = str(draft.text)
+        text = plain(draft.text)
         start, end = marked[0][0], marked[-1][1]
         last_word = max((end for _, end in _words(draft.text, turn.message)), default=turn.start)
         if text[min(start, turn.start) : max(start, turn.start)].strip():
@@ -233,31 +236,29 @@ class TurnFinder:
         return None
 
 
-def _wants_text(template: ChatTemplate) -> bool:
-    """Whether a template can only print arguments that are text: with an object it fails, or writes Python's form."""
-    function = {"name": "probe", "arguments": {"probe-k": "probe-v"}}
-    calls = [*_PROBE[:1], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}]
-    try:
-        return "{'probe-k': 'probe-v'}" in template.render(calls)
-    except DataError:
-        pass
-    try:
-        template.render(_with_text_arguments(calls))
-    except DataError:
-        return False  # it is something else that it misses; the row's own rendering will say what
-    return True
+def _left_out(text: Tracked, messages: Sequence[Message], conversation: Conversation) -> set[str]:
+    """Notes about what the template does not write; `messages` are all that it was given.
 
-
-def _with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    return [
-        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]} if "tool_calls" in message else message
-        for message in messages
-    ]
-
-
-def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+    Raises:
+        DataError: it leaves out a message's words. Those of earlier assistant turns it may, as at inference.
+    """
+    written = {label for _, _, label in text.spans}
+    for i, message in enumerate(messages):
+        said = bool(message["content"].strip()) and (i, "content") not in written
+        if said and (message["role"] != "assistant" or i == len(messages) - 1):
+            raise DataError(
+                f"the chat template leaves out the content of message {i + 1} ({message['role']}); "
+                "give dataset.chat_template one that writes it, or change the row"
+            )
+    last = len(messages) - 1
+    notes = set()
+    if conversation.tools and TOOLS not in written:
+        notes.add("the chat template does not write the rows' tools, so the model does not see them")
+    if messages[last].get("reasoning_content") and (last, "reasoning_content") not in written:
+        notes.add("the chat template does not write reasoning_content, so it is not trained")
+    if any("tool_calls" in given and "tool_calls" not in m for m, given in zip(messages, conversation.messages, strict=False)):
+        notes.add("the chat template writes no tool calls, so they are written as JSON, as words of the turn")
+    return notes
 
 
 def _words(text: Tracked, i: int) -> list[tuple[int, int]]:

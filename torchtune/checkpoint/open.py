@@ -1,0 +1,241 @@
+"""Opening a checkpoint: everything but the weights is read, and what is wrong with it is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from torchtune.checkpoint.folder import SafetensorsFolder
+from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.gguf_config import hf_config, hf_generation_config, hf_tokenizer
+from torchtune.checkpoint.headers import TensorHeader, read_json
+from torchtune.checkpoint.hub import resolve
+from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
+from torchtune.tokenizers.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+TIED_HEAD = "lm_head.weight"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+class WeightSource(Protocol):
+    """Where tensors are read from, one at a time."""
+
+    headers: dict[str, TensorHeader]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU."""
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose headers have been read.
+
+    Attributes:
+        source: as the user named it.
+        path: the folder or GGUF file.
+        config: config.json, whole.
+        generation_config: generation_config.json, whole, if there is one.
+        files: text files of the tokenizer and template by their name in the folder; written again on save.
+        weights: the tensors.
+    """
+
+    source: str
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    files: dict[str, bytes]
+    weights: WeightSource = field(repr=False)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorHeader]:
+        """Shape, type and place of each tensor."""
+        return self.weights.headers
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(torch.Size(header.shape).numel() for header in self.tensors.values())
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json, or nothing."""
+        return dict(json.loads(self.files.get("tokenizer_config.json", b"{}")))
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            CheckpointError: it has none that can be read.
+        """
+        if "tokenizer.json" not in self.files:
+            raise CheckpointError(
+                "has no tokenizer.json; name a folder or file that has one with tokenizer=PATH", path=self.path
+            )
+        return Tokenizer.from_json(self.files["tokenizer.json"], self.tokenizer_config)
+
+    @cached_property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The chat template, or several by name, or None."""
+        named: dict[str, str] = {}
+        in_config = self.tokenizer_config.get("chat_template")
+        if isinstance(in_config, str):
+            named["default"] = in_config
+        elif isinstance(in_config, list):
+            named.update({entry["name"]: entry["template"] for entry in in_config})
+        # A file of its own wins over the key in tokenizer_config.json, as in transformers.
+        if "chat_template.json" in self.files:
+            named["default"] = json.loads(self.files["chat_template.json"])["chat_template"]
+        if "chat_template.jinja" in self.files:
+            named["default"] = self.files["chat_template.jinja"].decode("utf-8")
+        for name, content in self.files.items():
+            if name.startswith(TEMPLATE_FOLDER):
+                named[Path(name).stem] = content.decode("utf-8")
+        return named.get("default") if set(named) <= {"default"} else named
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a generation: generation_config's, else the config's, else the tokenizer's."""
+        for place in (self.generation_config or {}, self.config):
+            found = place.get("eos_token_id")
+            if found is not None:
+                return list(found) if isinstance(found, list) else [int(found)]
+        eos = self.tokenizer().eos_id
+        return [] if eos is None else [eos]
+
+    def check(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+        """Compare the headers with a model (on any device, meta included); no weight is read.
+
+        Raises:
+            CheckpointError: tensors missing, left over or of another shape; or tokens without an embedding.
+        """
+        expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+        left_over = set(self.tensors) - set(expected) - self._ignorable(expected)
+        problems = [
+            f"tensor '{name}' is missing{did_you_mean(name, left_over)}" for name in expected if name not in self.tensors
+        ]
+        problems += [f"tensor '{name}' belongs to no part of this model" for name in sorted(left_over)]
+        for name, shape in expected.items():
+            if name in self.tensors and self.tensors[name].shape != shape:
+                problems.append(f"tensor '{name}' has the shape {self.tensors[name].shape}, the config says {shape}")
+        if problems:
+            shown = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
+            raise CheckpointError(f"does not fit its config.json:\n  {shown}", path=self.path)
+        if tokenizer is not None:
+            self._check_vocabulary(tokenizer, expected["model.embed_tokens.weight"][0])
+
+    def load_into(
+        self, model: nn.Module, *, device: torch.device | str = "cpu", param_dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Give a meta model its parameters, tensor by tensor.
+
+        Args:
+            param_dtype: the type of the parameters in memory.
+        Raises:
+            CheckpointError: as `check`.
+        """
+        self.check(model)
+        for name, parameter in list(model.named_parameters()):
+            loaded = self.weights.read(name).to(device=device, dtype=param_dtype)
+            _assign(model, name, nn.Parameter(loaded, requires_grad=parameter.requires_grad))
+        self.weights.close()
+
+    def _ignorable(self, expected: Mapping[str, Any]) -> set[str]:
+        """A copy of a tied head, and what old files keep of rotary frequencies, are no weights of the model."""
+        tied = {TIED_HEAD} if TIED_HEAD not in expected else set()
+        return tied | {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")}
+
+    def _check_vocabulary(self, tokenizer: Tokenizer, num_rows: int) -> None:
+        beyond = {token: i for token, i in tokenizer.added_tokens.items() if i >= num_rows and i != tokenizer.pad_id}
+        num_beyond = tokenizer.vocab_size - num_rows
+        if beyond or (num_beyond > 0 and tokenizer.pad_id != tokenizer.vocab_size - 1):
+            named = ", ".join(f"'{token}' ({i})" for token, i in list(beyond.items())[:8])
+            raise CheckpointError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {num_rows} rows: {named} have no row. "
+                "Use the tokenizer that belongs to these weights",
+                path=self.path,
+            )
+
+
+def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None) -> Checkpoint:
+    """Open a Hugging Face-layout folder, a GGUF file or a hub id; headers alone are read.
+
+    Args:
+        tokenizer: a folder, or a tokenizer.json, whose tokenizer replaces the checkpoint's.
+    Raises:
+        CheckpointError, UnsupportedError: says which file is wrong and what to do.
+    """
+    path = resolve(str(source))
+    if path.is_file():
+        checkpoint = _open_gguf(str(source), path)
+    else:
+        checkpoint = _open_folder(str(source), path)
+    _check_config(checkpoint)
+    if tokenizer is not None:
+        replacement = resolve(str(tokenizer))
+        checkpoint.files = _text_files(replacement if replacement.is_dir() else replacement.parent)
+    return checkpoint
+
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    if path.suffix != ".gguf":
+        raise CheckpointError("is neither a folder nor a .gguf file", path=path)
+    weights = GGUFFile(path)
+    tokenizer_json, tokenizer_config = hf_tokenizer(weights)
+    files = {
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": json.dumps(tokenizer_config, ensure_ascii=False, indent=2).encode(),
+    }
+    return Checkpoint(source, path, hf_config(weights), hf_generation_config(weights), files, weights)
+
+
+def _open_folder(source: str, path: Path) -> Checkpoint:
+    if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise UnsupportedError(f"{path} is an adapter; name the checkpoint that it belongs to")
+        raise CheckpointError("has no config.json, so it is no Hugging Face-layout checkpoint", path=path)
+    config = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    generation_config = read_json(generation) if generation.exists() else None
+    return Checkpoint(source, path, config, generation_config, _text_files(path), SafetensorsFolder(path))
+
+
+def _text_files(folder: Path) -> dict[str, bytes]:
+    names = [name for name in (*TOKENIZER_FILES, "chat_template.json", "chat_template.jinja") if (folder / name).exists()]
+    names += [f"{TEMPLATE_FOLDER}/{file.name}" for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def _check_config(checkpoint: Checkpoint) -> None:
+    """Refuse what can't be read, and say where two spellings disagree."""
+    config = checkpoint.config
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        raise UnsupportedError(
+            f"{checkpoint.path}: its weights are quantised by '{method}', which can't be trained on here; "
+            "use the checkpoint that it was made from"
+        )
+    spellings = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key) not in (None, "auto")}
+    for key, value in spellings.items():
+        if not isinstance(getattr(torch, str(value).removeprefix("torch."), None), torch.dtype):
+            raise CheckpointError(f"config.json: {key}: '{value}' is no dtype", path=checkpoint.path)
+    if len(set(spellings.values())) > 1:
+        logger.warning("%s: dtype is %s and torch_dtype %s; dtype wins", checkpoint.path, *spellings.values())
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module_name, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module_name), attribute, parameter)
