@@ -217,8 +217,7 @@ def _part(part: Any) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text" and part.get("text") is not None:
         return _text(part["text"], "text")
     if isinstance(part, dict) and part.get("type", "text") != "text":
-        kind = str(part["type"]).removesuffix("_url")
-        raise DataError(f"the content has an {kind} part ({part['type']}); this checkpoint reads text alone")
+        raise DataError(f"the content has a part of type '{part['type']}'; this checkpoint reads text alone")
     return _text(part, "a part of content")
 
 

@@ -168,7 +168,10 @@ def parse(raw: bytes, source: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         shown = text[:SHOWN_CHARS] + ("..." if len(text) > SHOWN_CHARS else "")
-        problem = f"not one JSON value: {error.msg} at column {error.pos + 1}; the line begins: {shown}"
+        message = error.msg.removesuffix(" starting at")
+        if message == "Extra data":
+            message = "something follows the JSON object, and one object a line is expected"
+        problem = f"not valid JSON at column {error.pos + 1}: {message}; the line begins: {shown}"
         raise DataError(problem, source=source) from error
     except RecursionError as error:
         raise DataError("JSON that is nested too deeply", source=source) from error

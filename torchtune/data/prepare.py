@@ -1,0 +1,208 @@
+"""The check before step 1: every row rendered and tokenised as it will be trained, and counted.
+
+Files under 64 MB are checked whole, and their samples stay in memory. Of larger ones the first 20,000 rows
+are; the others are rendered when the loop comes to them, by the same renderer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from torchtune.data.options import OnBadRow, TooLong
+from torchtune.data.renderer import Rendered, Renderer
+from torchtune.data.report import Report, bad_rows
+from torchtune.data.rows import Row, Rows
+from torchtune.data.sample import Sample
+from torchtune.data.too_long import CutCounts, cut
+from torchtune.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+WHOLE_BYTES = 64_000_000
+FIRST_ROWS = 20_000
+CHUNK_ROWS = 256
+# All bad rows of a small file are named; nobody reads on after so many.
+MAX_ERRORS = 1000
+
+
+class Prepared:
+    """A checked data set: gives the samples of each row. Can be used by threads and sent to processes.
+
+    Attributes:
+        rows: where they come from.
+        report: what the check found.
+    """
+
+    def __init__(
+        self, rows: Rows, renderer: Renderer, stored: StoredSamples, report: Report, *, on_bad_row: OnBadRow
+    ) -> None:
+        self.rows = rows
+        self.report = report
+        self._renderer = renderer
+        self._stored = stored
+        self._on_bad_row = on_bad_row
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the data set."""
+        return len(self.rows)
+
+    @property
+    def all_checked(self) -> bool:
+        """Whether every sample is in memory."""
+        return self.report.num_checked_rows == len(self.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each checked sample, in row order."""
+        return np.diff(self._stored.sample_ends, prepend=0)
+
+    def samples_of(self, row_index: int) -> list[Sample]:
+        """The samples of one row, always the same; none if nothing of it is trained.
+
+        Raises:
+            DataError: a row that was not checked before can't be trained on.
+        """
+        if row_index < self.report.num_checked_rows:
+            return self._stored.samples_of(row_index, self.rows)
+        try:
+            samples = self._renderer.samples(self.rows[row_index])
+        except DataError as error:
+            if self._on_bad_row == "error":
+                raise
+            logger.warning("skipped a row: %s", error)
+            return []
+        counts = CutCounts()
+        kept = cut(samples, self.report.max_seq_len, self.report.too_long, counts)
+        if counts.num_samples and self.report.too_long == "error":
+            raise _too_long(counts, self.report)
+        return kept
+
+    def with_max_seq_len(self, max_seq_len: int) -> Prepared:
+        """The same, with a limit that was chosen after the check, for the rows to come; not below `longest`."""
+        assert max_seq_len >= self.report.longest
+        report = replace(self.report, max_seq_len=max_seq_len)
+        return Prepared(self.rows, self._renderer, self._stored, report, on_bad_row=self._on_bad_row)
+
+
+class StoredSamples:
+    """Samples in few arrays: an object for each would take more room than its tokens."""
+
+    def __init__(self) -> None:
+        self._ids: list[np.ndarray] = []
+        self._trained: list[np.ndarray] = []
+        self._samples_per_row: list[int] = []
+        self._lengths: list[int] = []
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """The samples of the next row."""
+        self._samples_per_row.append(len(samples))
+        for sample in samples:
+            self._ids.append(sample.input_ids)
+            self._trained.append(sample.trained)
+            self._lengths.append(len(sample))
+
+    def finish(self) -> None:
+        """Put all into one array each."""
+        self.ids = np.concatenate([np.empty(0, np.int32), *self._ids])
+        self.trained = np.concatenate([np.empty(0, np.bool_), *self._trained])
+        self.sample_ends = np.cumsum(self._lengths, dtype=np.int64)
+        self.row_ends = np.cumsum(self._samples_per_row, dtype=np.int64)
+        del self._ids, self._trained, self._samples_per_row, self._lengths
+
+    def samples_of(self, row_index: int, rows: Rows) -> list[Sample]:
+        """The samples of one row, as views."""
+        first = int(self.row_ends[row_index - 1]) if row_index else 0
+        last = int(self.row_ends[row_index])
+        if first == last:
+            return []
+        source = rows.source(row_index)
+        begin = int(self.sample_ends[first - 1]) if first else 0
+        samples = []
+        for end in self.sample_ends[first:last].tolist():
+            samples.append(Sample(self.ids[begin:end], self.trained[begin:end], source, row_index))
+            begin = end
+        return samples
+
+
+def prepare(
+    rows: Rows,
+    renderer: Renderer,
+    *,
+    max_seq_len: int | None,
+    too_long: TooLong | None = None,
+    on_bad_row: OnBadRow = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Check a data set as it will be trained on.
+
+    Args:
+        rows: the data.
+        renderer: makes their samples.
+        max_seq_len: tokens of a sample at most; None: there is no limit, and `report.longest` is what is needed.
+        too_long: what is done with longer ones; None: too_long.py's default.
+        on_bad_row: `error`: raise when any row can't be trained on, and name them; `skip`: leave them out.
+        progress: is told rows done and rows to do, about every 256 rows.
+    Raises:
+        DataError: rows can't be trained on, a sample is too long and that is an error, or nothing is left.
+    """
+    policy = too_long or ("split" if renderer.reading.schema.format == "text" else "drop")
+    report = Report(rows.name, str(renderer.reading.schema), len(rows), max_seq_len, policy)
+    report.num_checked_rows = len(rows) if rows.num_bytes < WHOLE_BYTES else min(len(rows), FIRST_ROWS)
+    stored = StoredSamples()
+    errors: list[DataError] = []
+    for begin in range(0, report.num_checked_rows, CHUNK_ROWS):
+        chunk = range(begin, min(begin + CHUNK_ROWS, report.num_checked_rows))
+        for rendered in renderer.render(list(_read(rows, chunk))):
+            if rendered.error is not None:
+                errors.append(rendered.error)
+            samples = cut(rendered.samples, max_seq_len, policy, report.cut)
+            stored.add(samples)
+            _count(report, rendered, samples)
+        if on_bad_row == "error" and len(errors) >= MAX_ERRORS:
+            break
+        if progress is not None:
+            progress(chunk.stop, report.num_checked_rows)
+    stored.finish()
+    if errors and on_bad_row == "error":
+        raise bad_rows(errors, report.num_checked_rows)
+    report.num_bad_rows, report.first_bad_row = len(errors), str(errors[0]) if errors else ""
+    if report.cut.num_samples and policy == "error":
+        raise _too_long(report.cut, report)
+    if not report.num_trained and report.num_checked_rows == len(rows):
+        raise DataError(f"nothing is left to train on.\n{report}", source=rows.name)
+    return Prepared(rows, renderer, stored, report, on_bad_row=on_bad_row)
+
+
+def _read(rows: Rows, chunk: range) -> Iterator[Row | DataError]:
+    for index in chunk:
+        try:
+            yield rows[index]
+        except DataError as error:
+            yield error
+
+
+def _count(report: Report, rendered: Rendered, samples: Sequence[Sample]) -> None:
+    report.num_samples += len(samples)
+    report.num_tokens += sum(map(len, samples))
+    report.num_trained += sum(sample.num_trained for sample in samples)
+    report.longest = max([report.longest, *map(len, samples)])
+    report.num_rows_in_parts += len(rendered.samples) > 1
+    report.num_untrained_rows += rendered.error is None and not rendered.samples
+    for sample in rendered.samples:
+        ends = sample.trained & ~np.append(sample.trained[1:], False)
+        report.end_ids.update(sample.input_ids[ends].tolist())
+    report.notes.update(Counter(report.notes) + Counter(rendered.notes))
+
+
+def _too_long(counts: CutCounts, report: Report) -> DataError:
+    line = replace(report, cut=counts).cut_line()
+    return DataError(
+        f"{line}\ndataset.too_long=drop, truncate or split says what to do with them; a larger max_seq_len keeps them",
+        source=counts.listed[0].rpartition(" ")[0],
+    )
