@@ -1,6 +1,5 @@
 """A tiny byte-level BPE tokenizer with the special tokens that a test wants."""
 
-
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,7 +11,7 @@ from torchtune.tokenizers.tokenizer import Tokenizer
 TEXT = [
     "The quick brown fox jumps over the lazy dog. What is two plus two? It is four, I think.",
     "assistant\nuser\nsystem\nmodel\ntool\n Hello, world! Answer the question in one word.",
-    "{\"name\": \"add\", \"arguments\": {\"a\": 2, \"b\": 3}}\n\n<think>\n\n</think>\n\nFirst answer. Second answer.",
+    '{"name": "add", "arguments": {"a": 2, "b": 3}}\n\n<think>\n\n</think>\n\nFirst answer. Second answer.',
 ]
 
 
@@ -74,5 +73,3 @@ def trained_texts(tokenizer: Tokenizer, sample: object) -> list[str]:
 def full_text(tokenizer: Tokenizer, sample: object) -> str:
     """The text of all tokens of a sample."""
     return tokenizer.decode(sample.input_ids.tolist(), skip_special_tokens=False)
-
-

@@ -35,7 +35,9 @@ CASES = {
     "llama-head-dim": LlamaConfig(**SIZES, **HEADS, head_dim=12),
     "llama-llama3": LlamaConfig(**SIZES, **HEADS, rope_parameters=LLAMA3, max_position_embeddings=128),
     "llama-yarn": LlamaConfig(**SIZES, **HEADS, rope_parameters=YARN, max_position_embeddings=64),
-    "llama-linear": LlamaConfig(**SIZES, **HEADS, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}),
+    "llama-linear": LlamaConfig(
+        **SIZES, **HEADS, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    ),
     "llama-dynamic": LlamaConfig(
         **SIZES,
         **HEADS,
@@ -49,7 +51,13 @@ CASES = {
     "qwen2-window": Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=5, max_window_layers=1),
     "qwen3": Qwen3Config(**SIZES, **HEADS, head_dim=16),
     "qwen3-window": Qwen3Config(
-        **SIZES, **HEADS, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=2, attention_bias=True
+        **SIZES,
+        **HEADS,
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+        attention_bias=True,
     ),
 }
 

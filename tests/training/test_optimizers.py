@@ -34,7 +34,9 @@ def test_patterns_that_match_nothing_or_twice_are_refused():
     with pytest.raises(ConfigError, match="matches no parameter"):
         build_param_groups(model(), [ParamGroup("nothing", {"lr": 1.0})], weight_decay=None)
     with pytest.raises(ConfigError, match="matches both"):
-        build_param_groups(model(), [ParamGroup("0", {"lr": 1.0}), ParamGroup("weight", {"lr": 2.0})], weight_decay=None)
+        build_param_groups(
+            model(), [ParamGroup("0", {"lr": 1.0}), ParamGroup("weight", {"lr": 2.0})], weight_decay=None
+        )
     with pytest.raises(ConfigError, match="matches no parameter"):
         freeze(model(), ["embed"])
     with pytest.raises(ConfigError, match="nothing is left"):

@@ -51,7 +51,7 @@ class SafetensorsFolder:
         if pickles:
             raise CheckpointError(
                 f"holds its weights as {', '.join(pickles[:3])} only: pickles, which can run code when they are read. "
-                "Convert it where you trust it: python -c \"from transformers import AutoModelForCausalLM as M; "
+                'Convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
                 f"M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
                 path=self.path,
             )

@@ -96,7 +96,9 @@ class GGUFFile:
         if self.architecture == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
             weight = _unpermuted(weight, self.num_heads if match[1] == "q" else self.num_kv_heads)
         # A copy: the mapping is read-only, and a tensor may be trained in place.
-        return torch.from_numpy(np.array(weight, order="C") if not weight.flags.writeable else np.ascontiguousarray(weight))
+        return torch.from_numpy(
+            np.array(weight, order="C") if not weight.flags.writeable else np.ascontiguousarray(weight)
+        )
 
     def close(self) -> None:
         """Nothing is held open but the mapping, which ends with this object."""
@@ -171,7 +173,9 @@ class GGUFFile:
         try:
             return gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind).reshape(shape)
         except NotImplementedError as error:
-            raise UnsupportedError(f"{self.path}: the gguf library can't dequantise {kind.name} ('{entry.name}')") from error
+            raise UnsupportedError(
+                f"{self.path}: the gguf library can't dequantise {kind.name} ('{entry.name}')"
+            ) from error
 
 
 class _Reader:

@@ -24,7 +24,7 @@ def resolve(source: str) -> Path:
     if path.exists():
         return path
     looks_like_path = source.startswith((".", "/", "~")) or source.endswith(".gguf") or not HUB_ID.fullmatch(source)
-    if looks_like_path or path.parent.is_dir() and path.parent != Path():
+    if looks_like_path or (path.parent.is_dir() and path.parent != Path()):
         raise CheckpointError(f"there is no such folder or file{_near(path)}", path=source)
     repo_id, _, revision = source.partition("@")
     return download(repo_id, revision=revision or None)

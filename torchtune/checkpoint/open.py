@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +116,14 @@ class Checkpoint:
         eos = self.tokenizer().eos_id
         return [] if eos is None else [eos]
 
+    def add_stop_ids(self, token_ids: Collection[int]) -> list[int]:
+        """Let generation stop on these tokens too, in what is saved; returns those that are new."""
+        stops = self.stop_ids
+        new = sorted(set(token_ids) - set(stops))
+        if new:
+            self.generation_config = {**(self.generation_config or {}), "eos_token_id": [*stops, *new]}
+        return new
+
     def check(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         """Compare the headers with a model (on any device, meta included); no weight is read.
 
@@ -125,7 +133,9 @@ class Checkpoint:
         expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
         left_over = set(self.tensors) - set(expected) - self._ignorable(expected)
         problems = [
-            f"tensor '{name}' is missing{did_you_mean(name, left_over)}" for name in expected if name not in self.tensors
+            f"tensor '{name}' is missing{did_you_mean(name, left_over)}"
+            for name in expected
+            if name not in self.tensors
         ]
         problems += [f"tensor '{name}' belongs to no part of this model" for name in sorted(left_over)]
         for name, shape in expected.items():
@@ -214,7 +224,9 @@ def _open_folder(source: str, path: Path) -> Checkpoint:
 
 
 def _text_files(folder: Path) -> dict[str, bytes]:
-    names = [name for name in (*TOKENIZER_FILES, "chat_template.json", "chat_template.jinja") if (folder / name).exists()]
+    names = [
+        name for name in (*TOKENIZER_FILES, "chat_template.json", "chat_template.jinja") if (folder / name).exists()
+    ]
     names += [f"{TEMPLATE_FOLDER}/{file.name}" for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
     return {name: (folder / name).read_bytes() for name in names}
 

@@ -124,3 +124,12 @@ def _carry_over(source: Path, folder: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def masters(named: Iterable[tuple[str, Tensor]], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The parameters that the model's files would round: what a resume needs besides them."""
+    return {
+        name: tensor
+        for name, tensor in named
+        if torch.promote_types(saved_dtype(checkpoint, name), tensor.dtype) != saved_dtype(checkpoint, name)
+    }

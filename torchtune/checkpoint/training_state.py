@@ -103,3 +103,18 @@ def load_optimizer_tensors(
         absent = next(name for name, index in place.items() if index not in state)
         raise CheckpointError(f"the optimizer's state has nothing of '{absent}', which is trained in this run")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_masters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters the values that the model's files had rounded.
+
+    Raises:
+        CheckpointError: a tensor of another model.
+    """
+    named = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in named or named[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the training state holds '{name}' {tuple(tensor.shape)}, which is not in this model"
+            )
+        named[name].data.copy_(tensor)

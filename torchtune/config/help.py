@@ -51,7 +51,9 @@ def _heading(prefix: str, owner: type) -> str:
 
 def _entry(name: str, key: Key) -> str:
     head = f"  {name}  ({key.type}; {_default_text(key)})"
-    return "\n".join([head, *textwrap.wrap(key.description, _WIDTH, initial_indent="      ", subsequent_indent="      ")])
+    return "\n".join(
+        [head, *textwrap.wrap(key.description, _WIDTH, initial_indent="      ", subsequent_indent="      ")]
+    )
 
 
 def _default_text(key: Key) -> str:

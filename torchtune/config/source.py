@@ -55,7 +55,9 @@ class Settings:
         """Where `path`, or the nearest thing around it, was written."""
         if path in self.origins:
             return self.origins[path]
-        around = next((self.origins[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.origins), None)
+        around = next(
+            (self.origins[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.origins), None
+        )
         return Origin(around.where if around else COMMAND_LINE)
 
     def set(self, path: KeyPath, value: Any, origins: Mapping[KeyPath, Origin]) -> None:
@@ -206,7 +208,9 @@ def parse_override(argument: str) -> Override:
         raise ConfigError(f"'{argument}' is no option; write key=value, or ~key to drop a key", where=COMMAND_LINE)
     path = _key_path(key, argument)
     if not text:
-        raise ConfigError("has no value after '='; write null for none, or '\"\"' for empty text", key=key, where=COMMAND_LINE)
+        raise ConfigError(
+            "has no value after '='; write null for none, or '\"\"' for empty text", key=key, where=COMMAND_LINE
+        )
     origins: dict[KeyPath, Origin] = {}
     value = _parse_value(text, origins)
     quoted = value != text and text[0] in "\"'"

@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from torchtune.data.messages import ROLES, Reading
+from torchtune.data.messages import ROLES
 from torchtune.data.options import DatasetOptions
 from torchtune.data.prepare import Prepared, prepare
+from torchtune.data.reading import Reading
 from torchtune.data.recognise import recognise
 from torchtune.data.renderer import Renderer
 from torchtune.data.rows import Rows, open_rows
@@ -98,4 +99,6 @@ def read_as(rows: Rows, options: DatasetOptions) -> Reading:
             return Reading(schema, options.roles, options.system == "fold", options.merge_turns)
     if first is not None:
         raise first
-    raise DataError("the first rows are all empty" if len(rows) > FIRST_ROWS else "all rows are empty", source=rows.name)
+    raise DataError(
+        "the first rows are all empty" if len(rows) > FIRST_ROWS else "all rows are empty", source=rows.name
+    )

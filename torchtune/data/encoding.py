@@ -15,8 +15,8 @@ from itertools import pairwise
 import numpy as np
 
 from torchtune.data.sample import Sample
-from torchtune.data.tracked import GENERATION, Label, Tracked, plain
-from torchtune.data.turns import HEADER_FIELDS, Draft, Turn
+from torchtune.data.tracked import GENERATION, Label, Span, Tracked, plain
+from torchtune.data.turns import Draft, Turn
 from torchtune.errors import DataError
 from torchtune.tokenizers.tokenizer import Tokenizer
 
@@ -73,9 +73,7 @@ class Encoder:
         encodings = self.tokenizer.encode_batch([plain(text) for text in texts])
         return [_tokens(encoding.ids, encoding.offsets) for encoding in encodings]
 
-    def samples_of(
-        self, drafts: Sequence[Draft], tokens: Sequence[Tokens], *, source: str, row: int
-    ) -> list[Sample]:
+    def samples_of(self, drafts: Sequence[Draft], tokens: Sequence[Tokens], *, source: str, row: int) -> list[Sample]:
         """The samples of drafts that were encoded already.
 
         Raises:
@@ -133,7 +131,7 @@ class Encoder:
         return prompt
 
     def _tail_ids(self, text: Tracked) -> list[int]:
-        if text.spans or len(text) > _CACHED_CHARS:
+        if len(text) > _CACHED_CHARS or _said(text):
             return self._without_forged(text, self._tokens(text)).ids
         key = plain(text)
         if key not in self._prompt_tails:
@@ -147,7 +145,9 @@ class Encoder:
         tokens = self._without_forged(anchored, self._tokens(anchored))
         first = bisect_left(tokens.starts, size)
         return Tokens(
-            tokens.ids[first:], [start - size for start in tokens.starts[first:]], [end - size for end in tokens.ends[first:]]
+            tokens.ids[first:],
+            [start - size for start in tokens.starts[first:]],
+            [end - size for end in tokens.ends[first:]],
         )
 
     def _without_forged(self, text: Tracked, tokens: Tokens) -> Tokens:
@@ -178,7 +178,7 @@ class Encoder:
     def _forged(self, text: Tracked, tokens: Tokens) -> list[tuple[int, int, Label]]:
         """Start, end and label of special tokens that are, wholly or partly, words of a message."""
         special = [place for place, token in enumerate(tokens.ids) if token in self._special]
-        spans = [span for span in text.spans if span[2] != GENERATION and span[2][1] not in HEADER_FIELDS]
+        spans = _said(text)
         starts = [start for start, _, _ in spans]
         forged = []
         for place in special:
@@ -211,6 +211,11 @@ class Encoder:
         if ids[-1:] != [eos]:
             ids, trained = [*ids, eos], np.append(trained, True)
         return ids, trained
+
+
+def _said(text: Tracked) -> list[Span]:
+    """Spans of what a row says; its roles are not, since they are of a fixed list."""
+    return [span for span in text.spans if span[2][1] != "role" and span[2] != GENERATION]
 
 
 def _tokens(ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:

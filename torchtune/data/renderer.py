@@ -13,8 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from torchtune.data.encoding import Encoder
-from torchtune.data.messages import Conversation, Reading, Text
 from torchtune.data.options import SpecialTokensInContent, TrainOn
+from torchtune.data.reading import Conversation, Reading, Text
 from torchtune.data.rows import Row
 from torchtune.data.sample import Sample
 from torchtune.data.template import ChatTemplate, TemplateRefused

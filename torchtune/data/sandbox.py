@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2.ext
 from jinja2 import Template, nodes
@@ -25,20 +24,14 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from torchtune.data.limits import (
+    MAX_CHARS, MAX_SECONDS, TooMuch, check_arguments, check_format, check_product, check_size, is_small,
+)
 from torchtune.data.tracked import GENERATION, Tracked, concat, covered, formatted, join, labels_in
-
-MAX_CHARS = 1 << 26
-MAX_SECONDS = 10.0
-MAX_EXPONENT = 1000
-_WIDTH = re.compile(r"\d{6,}")
 
 
 class TemplateRefusal(TemplateError):
     """The template itself said no, by raise_exception; the message is its own."""
-
-
-class TooMuch(TemplateError):
-    """The rendering took too long or grew too large."""
 
 
 class _JoinsInEnvironment(CodeGenerator):
@@ -55,7 +48,7 @@ class _JoinsInEnvironment(CodeGenerator):
 class GenerationMarks(jinja2.ext.Extension):
     """{% generation %} ... {% endgeneration %}, by which some templates mark what is trained."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -80,9 +73,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, now: datetime) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, "jinja2.ext.loopcontrols"]
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationMarks, "jinja2.ext.loopcontrols"])
         self._clock = threading.local()
         self.globals.update(
             raise_exception=_raise_exception,
@@ -117,7 +108,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if time.monotonic() > self._clock.end:
             raise TooMuch(f"it took more than {MAX_SECONDS:.0f} seconds")
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """All that was printed, as one text."""
         return "".join(self._within_size(parts))
 
@@ -126,25 +117,30 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return self.concat(map(str, values))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and (not _small(left) or not _small(right)):
+        if operator == "+":  # by far the most frequent
+            result = left + right
+            if isinstance(result, str):
+                check_size(result)
+            return result
+        if operator == "**" and (not is_small(left) or not is_small(right)):
             raise TooMuch("a power is too large")
         if operator == "*":
-            _check_product(left, right)
-        if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
-            raise TooMuch("a width in a format is too large")
+            check_product(left, right)
+        if operator == "%" and isinstance(left, str):
+            check_format(left)
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str):
-            _check_size(result)
+            check_size(result)
         return result
 
-    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Any call that a template makes."""
         owner = getattr(callee, "__self__", None)
         if isinstance(owner, str):
-            _check_arguments(callee.__name__, owner, args)
+            check_arguments(callee.__name__, owner, args)
         result = super().call(context, callee, *args, **kwargs)
         if isinstance(result, str):
-            _check_size(result)
+            check_size(result)
         return result
 
     def _within_size(self, parts: Iterable[str]) -> list[str]:
@@ -160,21 +156,21 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             texts = [value for value in args if isinstance(value, str)]
-            _check_arguments(function.__name__.removeprefix("do_"), texts[0] if texts else "", args, kwargs)
+            check_arguments(function.__name__.removeprefix("do_"), texts[0] if texts else "", args, kwargs)
             return self._filtered(function(*args, **kwargs), args)
 
         return guarded
 
     def _filtered(self, result: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(result, str):
-            _check_size(result)
+            check_size(result)
         return result
 
 
 class TrackedEnvironment(ChatEnvironment):
     """For tracked texts. What it renders is checked against the plain rendering, so a difference can't hide."""
 
-    def concat(self, parts: Iterable[str]) -> Tracked:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> Tracked:
         return concat(self._within_size(parts))
 
     def _own_filters(self) -> dict[str, Callable[..., Any]]:
@@ -199,7 +195,7 @@ class TrackedEnvironment(ChatEnvironment):
 
         return tracked
 
-    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         # ", ".join(texts) is a method of a plain str, which would give a plain one.
         owner = getattr(callee, "__self__", None)
         if type(owner) is str and labels_in(args) and hasattr(Tracked, callee.__name__):
@@ -245,7 +241,9 @@ def _tojson(
 
 def _join(values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
-        values = [value[attribute] if isinstance(value, Mapping) else getattr(value, str(attribute)) for value in values]
+        values = [
+            value[attribute] if isinstance(value, Mapping) else getattr(value, str(attribute)) for value in values
+        ]
     return join(str(separator), [str(value) for value in values])
 
 
@@ -256,40 +254,3 @@ def plain_format(text: str, values: Any) -> str:
 
 def _spans(text: Any) -> tuple[Any, ...]:
     return text.spans if isinstance(text, Tracked) else ()
-
-
-def _small(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= MAX_EXPONENT
-
-
-def _check_size(text: str) -> None:
-    if len(text) > MAX_CHARS:
-        raise TooMuch(f"a text in it grew beyond {MAX_CHARS:,} characters")
-
-
-def _check_product(left: Any, right: Any) -> None:
-    for one, other in ((left, right), (right, left)):
-        if isinstance(one, str | list | tuple) and isinstance(other, int) and len(one) * other > MAX_CHARS:
-            raise TooMuch(f"a text in it grew beyond {MAX_CHARS:,} characters")
-
-
-def _check_arguments(name: str, text: str, args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> None:
-    """Refuse what would make a huge text before it is made: widths, and replacing little by much."""
-    args = (*args, *(kwargs or {}).values())
-    if any(isinstance(value, int) and value > MAX_CHARS for value in args):
-        raise TooMuch(f"the argument of {name} is too large")
-    if name == "format" and _WIDTH.search(text):
-        raise TooMuch("a width in a format is too large")
-    texts = [value for value in args if isinstance(value, str)]
-    if name == "replace" and len(texts) >= 2:
-        old, new = texts[-2:]
-        times = text.count(old) if old else len(text) + 1
-        if times * len(new) > MAX_CHARS:
-            raise TooMuch(f"a text in it grew beyond {MAX_CHARS:,} characters")
-    lists = [value for value in args if isinstance(value, list | tuple)]
-    if name == "join" and any(_joined_size(text, values) > MAX_CHARS for values in lists):
-        raise TooMuch(f"a text in it grew beyond {MAX_CHARS:,} characters")
-
-
-def _joined_size(separator: str, values: Iterable[Any]) -> int:
-    return sum(len(separator) + (len(value) if isinstance(value, str) else 0) for value in values)

@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Template
 from jinja2.exceptions import TemplateError, TemplateSyntaxError, UndefinedError
 
-from torchtune.data.sandbox import ChatEnvironment, TemplateRefusal, TooMuch, TrackedEnvironment
+from torchtune.data.limits import TooMuch
+from torchtune.data.sandbox import ChatEnvironment, TemplateRefusal, TrackedEnvironment
 from torchtune.data.tracked import TOOLS, Tracked, mark_all
 from torchtune.errors import DataError, did_you_mean
 

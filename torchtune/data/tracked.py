@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, SupportsIndex
 
 # Which message, and which of its fields. Messages count from 0; TOOLS and GENERATION are not messages.
@@ -73,10 +74,9 @@ class Tracked(str):
 
     def cut(self, start: int, end: int) -> Tracked:
         """Characters `start` to `end`, both within the text."""
-        return Tracked(
-            super().__getitem__(slice(start, end)),
-            tuple((max(s, start) - start, min(e, end) - start, label) for s, e, label in self.spans if s < end and e > start),
-        )  # fmt: skip
+        kept = [(s, e, label) for s, e, label in self.spans if s < end and e > start]
+        spans = tuple((max(s, start) - start, min(e, end) - start, label) for s, e, label in kept)
+        return Tracked(super().__getitem__(slice(start, end)), spans)
 
     def strip(self, chars: str | None = None) -> Tracked:
         return self.lstrip(chars).rstrip(chars)
@@ -93,13 +93,13 @@ class Tracked(str):
     def removesuffix(self, suffix: str, /) -> Tracked:
         return self.cut(0, len(super().removesuffix(suffix)))
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(super().split(sep, maxsplit), sep)
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return self._located(super().rsplit(sep, maxsplit), sep)
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         whole = super().splitlines(keepends=True)
         shown = super().splitlines(keepends=keepends)
         ends = [0]
@@ -107,19 +107,19 @@ class Tracked(str):
             ends.append(ends[-1] + len(line))
         return [self.cut(start, start + len(line)) for start, line in zip(ends, shown, strict=False)]
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         return self._parted(super().partition(sep))
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         return self._parted(super().rpartition(sep))
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Tracked:  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Tracked:
         if not old:
             return covered(super().replace(old, new, count), [self, new])
         # split() cuts at the same places as replace(): from the left, without overlap.
         return join(new, self.split(old, count))
 
-    def join(self, parts: Iterable[str], /) -> Tracked:  # type: ignore[override]
+    def join(self, parts: Iterable[str], /) -> Tracked:
         return join(self, parts)
 
     def lower(self) -> Tracked:
@@ -143,7 +143,7 @@ class Tracked(str):
     def translate(self, table: Any, /) -> Tracked:
         return self._mapped(lambda text: str.translate(text, table))
 
-    def expandtabs(self, tabsize: SupportsIndex = 8) -> Tracked:  # type: ignore[override]
+    def expandtabs(self, tabsize: SupportsIndex = 8) -> Tracked:
         return self._mapped(lambda text: str.expandtabs(text, tabsize.__index__()))
 
     def center(self, width: SupportsIndex, fillchar: str = " ", /) -> Tracked:
@@ -177,7 +177,7 @@ class Tracked(str):
         """`change` applied piece by piece between the spans' edges, if that gives what the whole gives."""
         whole = change(plain(self))
         edges = sorted({0, len(self), *(edge for start, end, _ in self.spans for edge in (start, end))})
-        pieces = [change(plain(self.cut(a, b))) for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [change(plain(self.cut(a, b))) for a, b in pairwise(edges)]
         if "".join(pieces) != whole:
             return covered(whole, [self])
         moved, place = {0: 0}, 0

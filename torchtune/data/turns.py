@@ -17,8 +17,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchtune.data.messages import Conversation
 from torchtune.data.calls import calls_as, rewrite_calls
+from torchtune.data.reading import Conversation
 from torchtune.data.template import ChatTemplate, Message
 from torchtune.data.tracked import GENERATION, TOOLS, Tracked, concat, plain
 from torchtune.errors import DataError
@@ -132,7 +132,9 @@ class TurnFinder:
         `whole` is the conversation up to and with turn i.
         """
         last_word = max((end for _, end in _words(draft.text, i)), default=0)
-        if not (draft.text.startswith(prompt) and whole.startswith(prompt) and whole.startswith(draft.text[:last_word])):
+        if not (
+            draft.text.startswith(prompt) and whole.startswith(prompt) and whole.startswith(draft.text[:last_word])
+        ):
             return None
         turn = self._turn(draft.text, whole, prompt, i)
         if not draft.text.startswith(whole[: turn.end]):
@@ -172,7 +174,9 @@ class TurnFinder:
             return place + len(self._header)
         if not self._header and text[:first_word].endswith(self._lead):
             return first_word - len(self._lead)
-        shared = next((k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt)))
+        shared = next(
+            (k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt))
+        )
         raise DataError(
             f"the chat template opens the turn of message {i + 1} at inference with {_shown(prompt[shared:])} but "
             f"writes it here as {_shown(plain(text)[shared:])}, so training on it would not read as inference does; "
@@ -216,64 +220,6 @@ class TurnFinder:
         elif self._lead.strip():
             # A space before the first word is the model's to say: it is part of the word's token.
             self._header = self._lead.rstrip(" ")
-
-    def _compare_marks(self, draft: Draft, turn: Turn) -> str | None:
-        """What the template's own generation marks say otherwise about a turn, if anything."""
-        marked = [(s, e) for s, e, label in draft.text.spans if label == GENERATION and s < turn.end and e > turn.start]
-        if not marked:
-            return "the template's generation marks leave out an assistant turn, which is trained here"
-        text = plain(draft.text)
-        start, end = marked[0][0], marked[-1][1]
-        last_word = max((end for _, end in _words(draft.text, turn.message)), default=turn.start)
-        if text[min(start, turn.start) : max(start, turn.start)].strip():
-            where = "earlier" if start < turn.start else "later"
-            return f"the template's generation marks begin {where} than what the model says after the generation prompt"
-        if end < last_word or text[turn.end : end].strip():
-            return "the template's generation marks end elsewhere than the assistant's turn"
-        if text[end : turn.end].strip():
-            left_out = text[end : turn.end].strip()
-            return f"the template's generation marks leave out the end of turn {left_out!r}, which is trained here"
-        return None
-
-
-def _left_out(text: Tracked, messages: Sequence[Message], conversation: Conversation) -> set[str]:
-    """Notes about what the template does not write; `messages` are all that it was given.
-
-    Raises:
-        DataError: it leaves out a message's words. Those of earlier assistant turns it may, as at inference.
-    """
-    written = {label for _, _, label in text.spans}
-    for i, message in enumerate(messages):
-        said = bool(message["content"].strip()) and (i, "content") not in written
-        if said and (message["role"] != "assistant" or i == len(messages) - 1):
-            raise DataError(
-                f"the chat template leaves out the content of message {i + 1} ({message['role']}); "
-                "give dataset.chat_template one that writes it, or change the row"
-            )
-    last = len(messages) - 1
-    notes = set()
-    if conversation.tools and TOOLS not in written:
-        notes.add("the chat template does not write the rows' tools, so the model does not see them")
-    if messages[last].get("reasoning_content") and (last, "reasoning_content") not in written:
-        notes.add("the chat template does not write reasoning_content, so it is not trained")
-    if any("tool_calls" in given and "tool_calls" not in m for m, given in zip(messages, conversation.messages, strict=False)):
-        notes.add("the chat template writes no tool calls, so they are written as JSON, as words of the turn")
-    return notes
-
-
-def _words(text: Tracked, i: int) -> list[tuple[int, int]]:
-    """Regions that come from what message i says."""
-    return [(s, e) for s, e, label in text.spans if label[0] == i and label[1] not in HEADER_FIELDS]
-
-
-def _refuse_foreign(text: Tracked, turn: Turn) -> None:
-    """Raise for a turn in which the words of another message stand."""
-    for start, end, (message, name) in text.spans:
-        if start < turn.end and end > turn.start and message != turn.message and (message, name) != GENERATION:
-            raise DataError(
-                f"the chat template writes {name} of {f'message {message + 1}' if message >= 0 else 'the row'} "
-                f"into the turn of message {turn.message + 1}: {_shown(text[start:end])}"
-            )
 
 
 def _alternatives(tokens: Collection[str]) -> re.Pattern[str]:

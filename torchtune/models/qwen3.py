@@ -34,6 +34,4 @@ def build(values: Mapping[str, Any]) -> CausalLM:
     config = HFConfig(values, DEFAULTS)
     bias = bool(config.attention_bias)
     qk_norm = partial(RMSNorm, config.head_dim, config.rms_norm_eps)
-    return build_llama_kind(
-        config, qkv_bias=bias, output_bias=bias, qk_norm=qk_norm, windows=qwen_windows(config)
-    )
+    return build_llama_kind(config, qkv_bias=bias, output_bias=bias, qk_norm=qk_norm, windows=qwen_windows(config))

@@ -12,9 +12,7 @@ from torchtune.modules.linear import Linear
 from torchtune.modules.rotary import RotaryAngles
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, scale: float, window: int | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, scale: float, window: int | None = None) -> Tensor:
     """Causal attention of each token over its own document.
 
     Letters: T packed tokens, Q query heads, K key/value heads (Q a multiple of K), H head_dim.
@@ -28,9 +26,7 @@ def attend(
     """
     if q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, scale, window)
-    parts = [
-        _attend_one(q[start:end], k[start:end], v[start:end], scale, window) for start, end in documents.bounds
-    ]
+    parts = [_attend_one(q[start:end], k[start:end], v[start:end], scale, window) for start, end in documents.bounds]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -15,7 +15,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F
 class FeedForward(nn.Module):
     """down(act(gate(x)) * up(x)). Source: Shazeer, 2020 (arXiv:2002.05202)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str = "silu", bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, activation: str = "silu", bias: bool = False
+    ) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)

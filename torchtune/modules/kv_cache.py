@@ -78,5 +78,3 @@ class KVCache:
                     f"document {index}: {seen} tokens and {new} new ones are more than the model's "
                     f"{self.max_positions} positions"
                 )
-
-

@@ -39,7 +39,9 @@ class _RMSNormFunction(torch.autograd.Function):
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * inv_rms
         grad = grads[0].to(wide.dtype)
-        grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        )
         grad_normed = grad * weight
         # d(x * r)/dx with r = (mean(x^2) + eps)^-1/2
         inner = (grad_normed * normed).mean(-1, keepdim=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from torchtune.data.loader import DataLoader
+from torchtune.data.report import Report
 from torchtune.recipes.params import FinetuneParams
+from torchtune.training.optimizers import ParamGroup
 
 # Peak rate of AdamW for full fine-tuning, by number of parameters: the smaller the model, the higher.
 FULL_FINETUNE_LR = ((400e6, 1e-4), (2e9, 5e-5), (15e9, 2e-5), (math.inf, 1e-5))
@@ -43,20 +47,17 @@ def longest_allowed(params: FinetuneParams, config: Mapping[str, Any]) -> int:
     return params.max_seq_len or min(int(config.get("max_position_embeddings") or DEFAULT_CONTEXT), DEFAULT_CONTEXT)
 
 
-def choose_batching(
-    params: FinetuneParams, *, longest: int, num_samples: int, num_tokens: int, limit: int, world_size: int
-) -> Batching:
+def choose_batching(params: FinetuneParams, report: Report, *, limit: int, world_size: int) -> Batching:
     """Fill in what the params leave open, by tokens.
 
     A step aims at 1/32 of an epoch, within 512 to 32,768 tokens: small data still gives enough steps to
     learn from, large data steps that are worth their cost.
 
     Args:
-        longest: tokens of the longest sample, after cutting.
-        num_samples: samples of an epoch (estimated where not all were read).
-        num_tokens: their tokens.
+        report: what the data's check counted.
         limit: the longest row allowed, in tokens.
     """
+    longest, num_samples, num_tokens = report.longest, report.estimated_samples, report.estimated_tokens
     wanted = min(max(num_tokens // STEPS_PER_EPOCH, MIN_STEP_TOKENS), MAX_STEP_TOKENS)
     if params.max_seq_len:
         max_seq_len = params.max_seq_len
@@ -64,7 +65,8 @@ def choose_batching(
         # A pack holds the longest sample, and else no more than a step wants.
         max_seq_len = min(_round_up(max(longest, min(wanted, MAX_PACK_TOKENS)), 64), limit)
     else:
-        max_seq_len = longest
+        # Rows that were not checked may be longer than those that were.
+        max_seq_len = longest if report.num_checked_rows == report.num_rows else limit
     batch_size = params.batch_size or (1 if params.packed else 8)
     row_tokens = max_seq_len if params.packed else max(num_tokens // max(num_samples, 1), 1)
     accumulation = params.gradient_accumulation_steps or max(round(wanted / (batch_size * row_tokens * world_size)), 1)
@@ -86,6 +88,40 @@ def choose_warmup(num_warmup_steps: int | None, total_steps: int | None) -> int:
 def choose_epochs(params: FinetuneParams) -> int | None:
     """Passes over the data; None where only `max_steps` ends the run."""
     return params.epochs or (None if params.max_steps else DEFAULT_EPOCHS)
+
+
+def count_steps(params: FinetuneParams, loader: DataLoader) -> int | None:
+    """Optimizer steps of the whole run; None where only the data's end will tell."""
+    epochs = choose_epochs(params)
+    if epochs is None:
+        return params.max_steps
+    total = 0
+    for epoch in range(epochs):
+        steps = loader.num_steps_per_epoch(epoch)
+        if steps is None:
+            return params.max_steps
+        total += min(steps, params.max_steps_per_epoch or steps)
+    return min(total, params.max_steps or total)
+
+
+def optimizer_options(params: FinetuneParams, num_parameters: int) -> dict[str, Any]:
+    """The optimizer's component with what is left open filled in: AdamW's rate, decay and fused kernel."""
+    options = dict(params.optimizer)
+    if options["_component_"] in ("torch.optim.AdamW", "torch.optim.adamw.AdamW"):
+        options = {"lr": choose_lr(num_parameters), "weight_decay": 0.0, "fused": True} | options
+    return options
+
+
+def param_groups(params: FinetuneParams) -> list[ParamGroup]:
+    """The rates and decays by name pattern."""
+    values = [(group.pattern, {"lr": group.lr, "weight_decay": group.weight_decay}) for group in params.param_groups]
+    return [ParamGroup(pattern, {k: v for k, v in given.items() if v is not None}) for pattern, given in values]
+
+
+def profiler_options(params: FinetuneParams, output_dir: Path) -> dict[str, Any]:
+    """The profiler's keywords."""
+    options = asdict(params.profiler)
+    return options | {"output_dir": Path(params.profiler.output_dir or output_dir / "profiling_outputs")}
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +20,51 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint
-from torchtune.checkpoint.training_state import load_optimizer_tensors, load_training_state
+from torchtune.checkpoint.save import masters, save_model
+from torchtune.checkpoint.steps import mark_best, prune_steps, write_step
+from torchtune.checkpoint.training_state import (
+    load_masters,
+    load_optimizer_tensors,
+    load_training_state,
+    optimizer_tensors,
+    save_training_state,
+)
 from torchtune.config.component import instantiate
 from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
+from torchtune.data.batch import Batch
 from torchtune.data.loader import DataLoader
 from torchtune.data.sampler import RowSampler
-from torchtune.distributed.process_group import any_rank, process_group, rank, sum_over_ranks, world_size
+from torchtune.distributed.gradients import sum_gradients
+from torchtune.distributed.process_group import (
+    any_rank,
+    barrier,
+    is_main,
+    process_group,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from torchtune.errors import DataError, StoppedBySignal
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes import choices
-from torchtune.recipes.checks import check
+from torchtune.recipes.checks import check_finetune
+from torchtune.recipes.finetune_data import prepare_data
 from torchtune.recipes.params import FinetuneParams
-from torchtune.recipes.run_folder import RunFolder
+from torchtune.recipes.run_folder import RunFolder, comparable, warn_of_changes
 from torchtune.tokenizers.tokenizer import Tokenizer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 from torchtune.training.compiling import apply_compile
 from torchtune.training.device import get_device
 from torchtune.training.early_stopping import BestLoss
-from torchtune.training.gradients import FiniteGuard, clip_grad_norm
+from torchtune.training.gradients import FiniteGuard, clip_gradients, gradient_norm
 from torchtune.training.lr_schedulers import LRSchedule
-from torchtune.training.metric_logging import build_metric_loggers
 from torchtune.training.optimizers import build_optimizer, freeze
 from torchtune.training.precision import autocast, dtype_name, get_dtype
 from torchtune.training.profiler import setup_torch_profiler
-from torchtune.training.progress import Progress
+from torchtune.training.progress import Progress, say
 from torchtune.training.seed import draw_seed, seed_everything
 from torchtune.training.signals import StopSignals
 from torchtune.training.throughput import StepTimer, peak_memory_bytes
@@ -55,6 +75,11 @@ RECIPE = "full_finetune"
 @dataclass(config=STRICT, kw_only=True)
 class FullFinetuneParams(FinetuneParams):
     """All keys of this recipe."""
+
+
+def check(params: FullFinetuneParams) -> None:
+    """Compare the params with what lies on disk; `tune validate` and `main` call it before anything is loaded."""
+    check_finetune(params, RECIPE)
 
 
 class FullFinetuneRecipe:
@@ -71,6 +96,7 @@ class FullFinetuneRecipe:
         self._log_every_n_steps = params.log_every_n_steps
         # The recipe's state: what a checkpoint keeps and _update_recipe_state restores.
         self.seed = draw_seed(params.seed)
+        self.started = datetime.now()  # the time that chat templates are told
         self.epochs_run = 0
         self.total_epochs = choices.choose_epochs(params) or sys.maxsize
         self.max_steps_per_epoch = params.max_steps_per_epoch
@@ -79,11 +105,11 @@ class FullFinetuneRecipe:
         self.best = BestLoss()
         self._open = ExitStack()  # what setup opens; closed by cleanup, or when setup or train raises
 
-    # ------------------------------------------------------------------------------------------------
-    # Setup: what is cheap to refuse comes first; weights are read when everything else has been proven.
+    # ---------------------------------------------------------------------------------------------------
+    # Setup. What is cheap to refuse comes first; weights are read once everything else is proven.
 
     def setup(self, params: FullFinetuneParams) -> None:
-        """Open the checkpoint, prove the data, build and load the model, and all that training needs."""
+        """Open the checkpoint, prove the data, build and load the model and all that training needs."""
         with self._closing_on_error():
             ckpt_dict = self.load_checkpoint(ckpt_path=params.model_checkpoint)
             if self._resume_from_checkpoint:
@@ -101,20 +127,22 @@ class FullFinetuneRecipe:
         """What the run starts from; no weight is read.
 
         Args:
-            ckpt_path: the model to start from. When resuming, the run's own checkpoint is read instead.
+            ckpt_path: the model to start from. When resuming, the run's own checkpoint is opened instead.
         Returns:
-            `checkpoint`, an open checkpoint, and `state`, the training state when resuming, else None.
+            `checkpoint`, an open checkpoint, and `training_state` when resuming, else None.
         """
-        if self._output.resume_from is not None:
-            folder = self._output.resume_from
-            return {"checkpoint": open_checkpoint(folder), "state": load_training_state(folder)}
-        return {"checkpoint": open_checkpoint(ckpt_path), "state": None}
+        folder = self._output.resume_from
+        if folder is None:
+            checkpoint = open_checkpoint(ckpt_path, tokenizer=self._params.tokenizer)
+            return {"checkpoint": checkpoint, "training_state": None}
+        return {"checkpoint": open_checkpoint(folder), "training_state": load_training_state(folder)}
 
     def _update_recipe_state(self, ckpt_dict: dict[str, Any]) -> None:
         """Take the run's state from its checkpoint; say which changed keys change what comes out."""
-        state = ckpt_dict["state"].state
-        warn_of_changes(before=state["params"], now=comparable(self._params))
+        state = ckpt_dict["training_state"].state
+        warn_of_changes(before=state["params"], params=self._params)
         self.seed = state["seed"]
+        self.started = datetime.fromisoformat(state["started"])
         self.epochs_run = state["epochs_run"]
         self.steps_in_epoch = state["steps_in_epoch"]
         self.total_training_steps = state["total_training_steps"]
@@ -128,38 +156,309 @@ class FullFinetuneRecipe:
     def _setup_data(self, params: FullFinetuneParams) -> tuple[RowSampler, DataLoader]:
         """Read, render and prove the data, and decide how it is dealt to steps."""
         limit = choices.longest_allowed(params, self._checkpoint.config)
-        data = prepare_finetune_data(params, self._checkpoint, self._tokenizer, max_seq_len=limit, seed=self.seed)
-        report = data.train.report
-        batching = choices.choose_batching(params, report, limit=limit, world_size=world_size())
-        say(f"{report}\n{batching}")
-        sampler = RowSampler(data.train.num_rows, seed=self.seed, shuffle=params.shuffle)
+        data = prepare_data(
+            params, self._checkpoint, self._tokenizer, max_seq_len=limit, seed=self.seed, now=self.started
+        )
+        self._batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=world_size())
+        say(str(data.train.report))
+        for token in self._checkpoint.add_stop_ids(
+            data.train.report.end_ids & set(self._tokenizer.added_tokens.values())
+        ):
+            say(
+                f"generation_config: '{self._tokenizer.id_to_token(token)}' ends a trained turn and is added to what stops"
+            )
         loader = partial(
             DataLoader,
-            **batching.as_dict(),
+            **self._batching.as_dict(),
             packed=params.packed,
             seed=self.seed,
             rank=rank(),
             world_size=world_size(),
             num_workers=params.num_workers,
         )
-        dataloader = self._open.enter_context(loader(data.train, sampler))
         self._eval_dataloader = None
         if data.held_out is not None:
             in_order = RowSampler(data.held_out.num_rows, seed=self.seed, shuffle=False)
             self._eval_dataloader = self._open.enter_context(loader(data.held_out, in_order))
-        self._batching = batching
-        return sampler, dataloader
+        sampler = RowSampler(data.train.num_rows, seed=self.seed, shuffle=params.shuffle)
+        return sampler, self._open.enter_context(loader(data.train, sampler))
 
     def _setup_model(self, params: FullFinetuneParams, ckpt_dict: dict[str, Any]) -> CausalLM:
         """Build on the meta device, transform, and only then read weights."""
         with torch.device("meta"):
             model = build_model(self._checkpoint.config)
-        freeze(model, params.freeze)
+        self._checkpoint.check(model, self._tokenizer)
+        if params.freeze:
+            freeze(model, params.freeze)
         if params.enable_activation_checkpointing:
             apply_activation_checkpointing(model.model.layers)
         if params.compile:
             apply_compile(model.model.layers)
         self._checkpoint.load_into(model, device=self._device, param_dtype=self._param_dtype)
         if self._resume_from_checkpoint:
-            load_masters(model, ckpt_dict["state"])
+            # The model's files may be narrower than what is trained.
+            load_masters(model, ckpt_dict["training_state"].tensors.get("model", {}))
         return model.train()
+
+    def _setup_optimizer(self, params: FullFinetuneParams, ckpt_dict: dict[str, Any]) -> torch.optim.Optimizer:
+        """The optimizer, its schedule and the loss scale of fp16, with their state when resuming."""
+        options = choices.optimizer_options(params, self._checkpoint.num_parameters)
+        optimizer = build_optimizer(
+            self._model,
+            partial(instantiate, options),
+            choices.param_groups(params),
+            weight_decay=options.get("weight_decay"),
+        )
+        self._total_steps = choices.count_steps(params, self._dataloader)
+        self._lr_schedule = LRSchedule(
+            optimizer,
+            name=params.lr_scheduler.name,
+            num_warmup_steps=choices.choose_warmup(params.lr_scheduler.num_warmup_steps, self._total_steps),
+            min_lr_ratio=params.lr_scheduler.min_lr_ratio,
+        )
+        self._grad_scaler = torch.amp.GradScaler(self._device.type, enabled=self._dtype == torch.float16)
+        if self._resume_from_checkpoint:
+            saved = ckpt_dict["training_state"]
+            names = {parameter: name for name, parameter in self._model.named_parameters()}
+            load_optimizer_tensors(optimizer, names, saved.tensors.get("optimizer", {}), saved.state["optimizer"])
+            self._lr_schedule.warmup_progress = saved.state["warmup_progress"]
+            self._grad_scaler.load_state_dict(saved.state["grad_scaler"])
+            if self.steps_in_epoch:
+                self._dataloader.load_state_dict(saved.state["dataloader"])
+        return optimizer
+
+    def _setup_loss(self, params: FullFinetuneParams) -> Any:
+        return instantiate(params.loss)
+
+    def _setup_observers(self, params: FullFinetuneParams) -> None:
+        """Loggers, profiler and the guard against losses that are not finite; from here on the run writes."""
+        decided = {"seed": self.seed, "dtype": dtype_name(self._dtype), **self._batching.as_dict()}
+        decided |= {"lr": self._optimizer.param_groups[0]["initial_lr"], "steps": self._total_steps}
+        decided |= {"num_warmup_steps": self._lr_schedule.num_warmup_steps}
+        say(f"{self._output.path}: " + ", ".join(f"{name} {value}" for name, value in decided.items()))
+        self._output.write_config(params, decided)
+        self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
+        self._open.callback(self.metric_loggers.close)
+        profiling = choices.profiler_options(params, self._output.path)
+        self._profiler = self._open.enter_context(setup_torch_profiler(**profiling))
+        self._guard = FiniteGuard()
+        self._timer = StepTimer()
+
+    # ---------------------------------------------------------------------------------------------------
+    # Training.
+
+    def train(self) -> None:
+        """Run what is left of the epochs: forward, backward, step; log, evaluate and save in between.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite.
+            StoppedBySignal: SIGTERM or Ctrl-C; the run is saved.
+            DataError: a row that was too far back to be checked before; the run is saved.
+        """
+        with (
+            self._closing_on_error(),
+            StopSignals() as self._signals,
+            Progress(self._total_steps, start_step=self.total_training_steps) as self._progress,
+        ):
+            self._optimizer.zero_grad()
+            self._timer.reset()
+            for curr_epoch in range(self.epochs_run, self.total_epochs):
+                self._dataloader.set_epoch(curr_epoch)  # and the sampler's
+                for micro_batches in self._steps_of_epoch(curr_epoch):
+                    step = self.total_training_steps + 1
+                    lr = self._lr_schedule.set_lr(step, self._progress_after(step))
+                    # Every trained token of the step weighs the same, on whichever rank or micro-batch it
+                    # lies; a mean per micro-batch would favour the short ones.
+                    counts = [[batch.num_trained, batch.num_tokens] for batch in micro_batches]
+                    num_trained, num_tokens = sum_over_ranks(torch.tensor(counts, device=self._device).sum(0)).unbind()
+                    losses = []
+                    for index, batch in enumerate(micro_batches):
+                        seed_everything(self.seed, step, rank() * len(micro_batches) + index)
+                        batch = batch.to(self._device)
+                        with self._autocast:
+                            # The head runs inside the model, over trained positions alone.
+                            loss = self._model(
+                                batch.input_ids, batch.documents, labels=batch.labels, loss=self._loss_fn
+                            )
+                        self._grad_scaler.scale(loss / num_trained).backward()
+                        losses.append(loss.detach())
+                    sum_gradients(self._model.parameters())
+                    self._grad_scaler.unscale_(self._optimizer)
+                    grad_norm = gradient_norm(self._model.parameters())
+                    self._guard_step(step, losses, grad_norm, [batch.sources for batch in micro_batches])
+                    clip_gradients(self._model.parameters(), self._params.clip_grad_norm, grad_norm)
+                    self._grad_scaler.step(self._optimizer)
+                    self._grad_scaler.update()
+                    self._optimizer.zero_grad()
+
+                    self.total_training_steps += 1
+                    self.steps_in_epoch += 1
+                    self._timer.add_step(num_tokens)
+                    self._profiler.step()
+                    loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
+                    metrics = {"epoch": curr_epoch + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+                    metrics |= {"trained_tokens": num_trained, "tokens": num_tokens}
+                    if self._after_step(curr_epoch, metrics):
+                        return
+
+    def _steps_of_epoch(self, epoch: int) -> Iterator[list[Batch]]:
+        """The epoch's steps, until `_after_step` declares it done."""
+        for micro_batches in self._save_before_data_error():
+            yield micro_batches
+            if self.epochs_run > epoch:
+                break
+        self.epochs_run, self.steps_in_epoch = epoch + 1, 0
+
+    def _save_before_data_error(self) -> Iterator[list[Batch]]:
+        try:
+            yield from self._dataloader
+        except DataError:
+            if self.total_training_steps:
+                self.save_checkpoint(epoch=self._sampler.epoch)
+            raise
+
+    def _progress_after(self, step: int) -> float:
+        """How far the run is once `step` is made: in steps where their number is known, else in rows."""
+        if self._total_steps:
+            return step / self._total_steps
+        num_rows = self._dataloader.num_rows
+        done = self._sampler.epoch * num_rows + self._dataloader.rows_consumed
+        return done / (num_rows * self.total_epochs)
+
+    def _guard_step(
+        self, step: int, losses: list[torch.Tensor], grad_norm: torch.Tensor, rows: list[tuple[str, ...]]
+    ) -> None:
+        """Have the step checked before it is taken, unless that would make the host wait for the device."""
+        # fp16's loss scale makes gradients overflow on purpose; such a step is skipped, not wrong.
+        scaled = self._grad_scaler.is_enabled()
+        self._guard.add(step, losses, torch.zeros_like(grad_norm) if scaled else grad_norm, rows)
+        if self._device.type == "cpu" or step % self._log_every_n_steps == 0:
+            self._guard.check(self._model)
+
+    def _after_step(self, epoch: int, metrics: dict[str, Any]) -> bool:
+        """Evaluate, log and save where that is due. Returns whether the run is over.
+
+        Raises:
+            StoppedBySignal: the run was asked to stop; it is saved.
+        """
+        params, step = self._params, self.total_training_steps
+        read_all = self._dataloader.rows_consumed >= self._dataloader.num_rows
+        epoch_ends = read_all or self.steps_in_epoch == self.max_steps_per_epoch
+        run_ends = step == params.max_steps or (epoch_ends and epoch + 1 == self.total_epochs)
+        every = params.eval_every_n_steps
+        evaluates = self._eval_dataloader is not None and (run_ends or (step % every == 0 if every else epoch_ends))
+        if run_ends or evaluates or step % self._log_every_n_steps == 0:
+            # The step's only wait for the device.
+            metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
+            metrics |= self._timer.metrics() | {"peak_memory_bytes": peak_memory_bytes(self._device)}
+            with self._timer.paused():
+                is_best = evaluates and self._evaluate(metrics)
+                self.metric_loggers.log_dict(metrics, step)
+                self._progress.update(step, metrics)
+                stopping = params.early_stopping
+                run_ends |= stopping is not None and self.best.num_without_better >= stopping.patience
+        else:
+            is_best = False
+        if epoch_ends:
+            self.epochs_run, self.steps_in_epoch = epoch + 1, 0
+        with self._timer.paused():
+            stop = any_rank(self._signals.stop_requested is not None, self._device)
+            if stop or is_best or self._save_is_due(epoch_ends=epoch_ends, run_ends=run_ends):
+                folder = self.save_checkpoint(epoch=epoch)
+                if is_best and is_main():
+                    mark_best(self._output.path, step)
+        if stop:
+            raise StoppedBySignal(
+                self._signals.stop_requested or 0,
+                f"stopped after step {step}, saved in {folder}; resume_from_checkpoint=true goes on from there",
+            )
+        return run_ends
+
+    def _save_is_due(self, *, epoch_ends: bool, run_ends: bool) -> bool:
+        params, step = self._params, self.total_training_steps
+        planned = (
+            (run_ends and params.save_last)
+            or (epoch_ends and params.save_every_epoch)
+            or (params.save_every_n_steps is not None and step % params.save_every_n_steps == 0)
+        )
+        # Clocks and signals differ between ranks, so they agree.
+        asked = self._signals.take_save_request() or self._output.save_is_overdue(params.save_every_minutes)
+        return any_rank(asked, self._device) or planned
+
+    def _evaluate(self, metrics: dict[str, Any]) -> bool:
+        """Add the held-out loss to `metrics`; returns whether it is the best so far."""
+        assert self._eval_dataloader is not None
+        self._eval_dataloader.set_epoch(0)
+        with self._autocast:
+            loss = held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._device)
+        metrics["eval_loss"] = loss
+        stopping = self._params.early_stopping
+        return self.best.update(loss, self.total_training_steps, min_delta=stopping.min_delta if stopping else 0.0)
+
+    def save_checkpoint(self, epoch: int | None = None) -> Path:
+        """Write OUT/step_N/: the model as its source was, and recipe_state/ to resume from.
+
+        Args:
+            epoch: the epoch that the step belongs to, for the record.
+        Returns:
+            The checkpoint's folder.
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        self._guard.check(self._model)  # nothing is saved unchecked
+        step = self.total_training_steps
+        named = dict(self._model.named_parameters())
+        tensors, others = optimizer_tensors(self._optimizer, {parameter: name for name, parameter in named.items()})
+        state = {
+            "params": comparable(self._params),
+            "seed": self.seed,
+            "started": self.started.isoformat(),
+            "dtype": dtype_name(self._dtype),
+            "epoch": epoch,
+            "epochs_run": self.epochs_run,
+            "steps_in_epoch": self.steps_in_epoch,
+            "total_training_steps": step,
+            "dataloader": self._dataloader.state_dict(),
+            "warmup_progress": self._lr_schedule.warmup_progress,
+            "grad_scaler": self._grad_scaler.state_dict(),
+            "optimizer": others,
+            "best": self.best.state_dict(),
+        }
+
+        def write(folder: Path) -> None:
+            save_model(folder, named.items(), self._checkpoint)
+            trained = {"model": masters(named.items(), self._checkpoint), "optimizer": tensors}
+            save_training_state(folder, trained, state)
+
+        if is_main():
+            write_step(self._output.path, step, write)
+            prune_steps(self._output.path, self._params.keep_last, keep={self.best.step} - {None})
+        barrier()
+        return self._output.saved(step)
+
+    def cleanup(self) -> None:
+        """Close what `setup` opened: loggers, workers, profiler."""
+        self._open.close()
+
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.cleanup()
+            raise
+
+
+def main() -> None:
+    """The recipe as a program: `tune run full_finetune key=value ...`."""
+    params = parse_params(FullFinetuneParams)  # every mistake in them is reported here, before anything is read
+    check(params)
+    with process_group(params.device):  # one rank is not a special case
+        recipe = FullFinetuneRecipe(params=params)
+        recipe.setup(params=params)
+        recipe.train()
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    main()

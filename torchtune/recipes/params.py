@@ -7,7 +7,6 @@ compares them with what lies on disk.
 from __future__ import annotations
 
 import math
-from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -115,7 +114,9 @@ class FinetuneParams:
     )
     freeze: list[str] = Field(default_factory=list, description="Name patterns of parameters not to train.")
     lr_scheduler: LRSchedulerParams = Field(default_factory=LRSchedulerParams, description="Warm-up and decay.")
-    clip_grad_norm: float | None = Field(1.0, gt=0, description="Largest gradient norm; null: off, inf: only measure.")
+    clip_grad_norm: float | None = Field(
+        1.0, gt=0, allow_inf_nan=True, description="Largest gradient norm; null: off, inf: only measure."
+    )
     loss: Component = Field(
         default_factory=lambda: {"_component_": "torchtune.modules.losses.LinearCrossEntropy"},
         description="The loss: called with hidden states, head weight and targets, it gives the sum over tokens.",
@@ -135,7 +136,8 @@ class FinetuneParams:
     # What is seen and kept.
     log_every_n_steps: Count = Field(1, description="Steps between lines of metrics.")
     metric_logger: Any = Field(
-        None, description="stdout, disk, tensorboard, wandb, mlflow, comet, a component, or a list; besides metrics.jsonl."
+        None,
+        description="stdout, disk, tensorboard, wandb, mlflow, comet, a component, or a list; besides metrics.jsonl.",
     )
     eval_every_n_steps: Count | None = Field(
         None, description="Steps between evaluations; by default each epoch's end, and the run's."

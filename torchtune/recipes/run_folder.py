@@ -1,13 +1,14 @@
 """The folder of a run: its name, whether it may be used, and what stands in it beside the checkpoints.
 
-    OUT/config.yaml      the resolved config, the versions and the command
-    OUT/metrics.jsonl    a line per logged step
-    OUT/step_N/          a checkpoint: a complete model folder, and recipe_state/ to resume from
-    OUT/best             the name of the checkpoint with the lowest held-out loss
+OUT/config.yaml      the resolved config, the versions and the command
+OUT/metrics.jsonl    a line per logged step
+OUT/step_N/          a checkpoint: a complete model folder, and recipe_state/ to resume from
+OUT/best             the name of the checkpoint with the lowest held-out loss
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -21,13 +22,21 @@ import torch
 
 from torchtune import __version__
 from torchtune.checkpoint.steps import complete_steps, newest_step, verify_step
-from torchtune.config.serialize import to_yaml
+from torchtune.config.component import instantiate
+from torchtune.config.serialize import resolved, to_yaml
 from torchtune.distributed.process_group import broadcast_object, is_main
 from torchtune.errors import ConfigError
 from torchtune.recipes.params import FinetuneParams
+from torchtune.training.metric_logging import MetricLoggers, build_metric_loggers
+from torchtune.training.metrics_file import MetricsFile
+from torchtune.training.progress import say
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+# Keys that decide what is seen and kept, not what is trained.
+WITHOUT_EFFECT = frozenset(
+    ["output_dir", "resume_from_checkpoint", "log_every_n_steps", "metric_logger", "profiler", "num_workers", "device", "save_every_n_steps", "save_every_minutes", "save_every_epoch", "save_last", "keep_last"]
+)
 
 
 class RunFolder:
@@ -45,6 +54,7 @@ class RunFolder:
         default = f"runs/{model_name(params.model_checkpoint)}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(str(broadcast_object(params.output_dir or default)))
         self.recipe = recipe
+        self._last_save = time.monotonic()
         self.resume_from = self._resume_from(params.resume_from_checkpoint)
         if self.resume_from is None:
             self._refuse_to_overwrite(params.resume_from_checkpoint)
@@ -75,9 +85,9 @@ class RunFolder:
         raise ConfigError(f"{path} is no checkpoint of a run{known}", key="resume_from_checkpoint")
 
     def _refuse_to_overwrite(self, wish: bool | str) -> None:
-        if wish == "auto" or not any((self.path / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
-            if wish == "auto" or not complete_steps(self.path):
-                return
+        has_files = any((self.path / name).exists() for name in (CONFIG_FILE, METRICS_FILE))
+        if wish == "auto" or not (has_files or complete_steps(self.path)):
+            return
         steps = complete_steps(self.path)
         holds = f"a run with checkpoints up to step {steps[-1]}" if steps else "a run without a checkpoint"
         raise ConfigError(
@@ -105,6 +115,47 @@ class RunFolder:
         beside.write_text("\n".join(header) + "\n" + to_yaml(params), encoding="utf-8")
         os.replace(beside, self.path / CONFIG_FILE)
 
+    def open_loggers(self, params: FinetuneParams, *, at_step: int) -> MetricLoggers:
+        """metrics.jsonl, cut to the step that the run goes on from, and the trackers that params name.
+
+        Raises:
+            ConfigError, MissingDependencyError: a logger can't be made.
+        """
+        if not is_main():
+            return MetricLoggers([])
+        metrics_file = MetricsFile(self.path / METRICS_FILE)
+        metrics_file.resume_at(at_step)
+        loggers = MetricLoggers(
+            [metrics_file, *build_metric_loggers(params.metric_logger, self.path / "logs", instantiate)]
+        )
+        loggers.log_config(resolved(params))
+        return loggers
+
+    def saved(self, step: int) -> Path:
+        """Note that a step has been saved just now; returns its folder."""
+        self._last_save = time.monotonic()
+        return self.path / f"step_{step}"
+
+    def save_is_overdue(self, minutes: float | None) -> bool:
+        """Whether the last save, or the start, lies longer back than `minutes`."""
+        return minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+
+
+def comparable(params: FinetuneParams) -> dict[str, Any]:
+    """The params that decide what comes out, as JSON has them."""
+    return {key: value for key, value in resolved(params).items() if key not in WITHOUT_EFFECT}
+
+
+def warn_of_changes(*, before: Mapping[str, Any], params: FinetuneParams) -> None:
+    """Say which keys differ from those that the checkpoint was made with."""
+    now = json.loads(json.dumps(comparable(params)))
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key):
+            say(
+                f"{key} was {before.get(key)} and is now {now.get(key)}: from here on the run is another than it "
+                "would have been; the schedule follows the new params"
+            )
+
 
 def model_name(source: str) -> str:
     """A short name for a checkpoint's path or hub id, for folders."""
@@ -120,5 +171,3 @@ def _refuse_unwritable(path: Path) -> None:
         raise ConfigError(f"{existing} is a file, so {path} can't be made", key="output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{existing} can't be written to by this user", key="output_dir")
-
-

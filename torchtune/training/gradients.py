@@ -14,16 +14,15 @@ from torchtune.errors import TrainingError
 MAX_ROWS_NAMED = 20
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> torch.Tensor:
-    """The norm of all gradients together, as a tensor on their device; they are scaled down to `max_norm` in place.
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients together, as a tensor on their device; the host does not wait."""
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
-    With `max_norm` None or infinite nothing is scaled. The host does not wait.
-    """
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: torch.Tensor) -> None:
+    """Scale gradients whose norm is `norm` down to `max_norm`, in place; None and infinity leave them alone."""
     if max_norm is not None and math.isfinite(max_norm):
-        nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)
 
 
 @dataclass

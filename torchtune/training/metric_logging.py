@@ -257,6 +257,33 @@ class CometLogger:
         self._experiment.end()
 
 
+class MetricLoggers:
+    """Several loggers as one."""
+
+    def __init__(self, loggers: Sequence[MetricLogger]) -> None:
+        self._loggers = list(loggers)
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """Record one metric of a step."""
+        self.log_dict({name: data}, step)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """Record the metrics of a step."""
+        for logger in self._loggers:
+            logger.log_dict(payload, step)
+
+    def log_config(self, config: Mapping[str, Any]) -> None:
+        """Record what the run is."""
+        for logger in self._loggers:
+            logger.log_config(config)
+
+    def close(self) -> None:
+        """Finish all; a second call does nothing."""
+        loggers, self._loggers = self._loggers, []
+        for logger in loggers:
+            logger.close()
+
+
 LOGGERS: dict[str, Callable[..., MetricLogger]] = {
     "stdout": StdoutLogger,
     "disk": DiskLogger,

@@ -147,7 +147,11 @@ class StochasticRounding(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    model: nn.Module, build: Callable[..., torch.optim.Optimizer], groups: Sequence[ParamGroup], *, weight_decay: float | None
+    model: nn.Module,
+    build: Callable[..., torch.optim.Optimizer],
+    groups: Sequence[ParamGroup],
+    *,
+    weight_decay: float | None,
 ) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters.
 

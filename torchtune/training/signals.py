@@ -57,5 +57,3 @@ class StopSignals:
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self._save_requested = True
-
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,18 +23,28 @@ class StepTimer:
     def reset(self) -> None:
         """Start counting from now."""
         self._start = time.perf_counter()
-        self._num_tokens = 0
+        self._num_tokens: int | torch.Tensor = 0
         self._num_steps = 0
 
-    def add_step(self, num_tokens: int) -> None:
-        """Count an optimizer step of `num_tokens` real tokens (no padding), on all ranks together."""
-        self._num_tokens += num_tokens
+    def add_step(self, num_tokens: int | torch.Tensor) -> None:
+        """Count an optimizer step of `num_tokens` real tokens (no padding), on all ranks together.
+
+        A tensor stays on its device until `metrics` is called.
+        """
+        self._num_tokens = self._num_tokens + num_tokens
         self._num_steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within the context out."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
 
     def metrics(self) -> dict[str, float]:
         """`seconds` a step and `tokens_per_second` since the last call; starts the next span."""
         elapsed = time.perf_counter() - self._start
-        values = {"tokens_per_second": self._num_tokens / elapsed, "seconds": elapsed / max(self._num_steps, 1)}
+        values = {"tokens_per_second": float(self._num_tokens) / elapsed, "seconds": elapsed / max(self._num_steps, 1)}
         self.reset()
         return values
 

@@ -1,0 +1,66 @@
+"""What can be known to be wrong with a run before it starts: params against headers and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtune.checkpoint.open import open_checkpoint
+from torchtune.errors import ConfigError, Problem, TuneError, did_you_mean
+from torchtune.models.build import build_model
+from torchtune.recipes.params import FinetuneParams
+from torchtune.recipes.run_folder import RunFolder
+from torchtune.training.device import get_device
+
+
+def check_finetune(params: FinetuneParams, recipe: str) -> None:
+    """Compare params with the checkpoint's headers, the data's paths, the device and the output folder.
+
+    No weight is read and nothing is written.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    problems: list[Problem] = []
+
+    def attempt(key: str, look: Callable[[], Any]) -> None:
+        try:
+            look()
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except (TuneError, OSError) as error:
+            problems.append(Problem("", key, str(error)))
+
+    attempt("device", lambda: get_device(params.device))
+    attempt("output_dir", lambda: RunFolder(params, recipe))
+    for key in ("dataset", "eval_dataset"):
+        options = getattr(params, key)
+        if options is not None:
+            attempt(key, lambda options=options, key=key: _check_paths(options.path, key))
+    attempt("model_checkpoint", lambda: _check_checkpoint(params))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_paths(paths: str | list[str], key: str) -> None:
+    for path in [paths] if isinstance(paths, str) else paths:
+        if not Path(path).exists():
+            folder = Path(path).parent
+            near = did_you_mean(Path(path).name, [e.name for e in folder.iterdir()]) if folder.is_dir() else ""
+            raise ConfigError(f"there is no file {path}{near}", key=f"{key}.path")
+
+
+def _check_checkpoint(params: FinetuneParams) -> None:
+    checkpoint = open_checkpoint(params.model_checkpoint, tokenizer=params.tokenizer)
+    with torch.device("meta"):
+        model = build_model(checkpoint.config)
+    checkpoint.check(model, checkpoint.tokenizer())
+    context = checkpoint.config.get("max_position_embeddings")
+    if params.max_seq_len and context and params.max_seq_len > context:
+        raise ConfigError(
+            f"{params.max_seq_len} is more than this checkpoint's {context}; set max_seq_len={context}",
+            key="max_seq_len",
+        )
