@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from torchtune.data.draft import Draft, Turn
 from torchtune.data.sample import Sample
 from torchtune.data.tracked import GENERATION, Label, Span, Tracked, plain
-from torchtune.data.turns import Draft, Turn
 from torchtune.errors import DataError
 from torchtune.tokenizers.tokenizer import Tokenizer
 
@@ -63,10 +63,6 @@ class Encoder:
         anchor = tokenizer.eos_token or tokenizer.bos_token or ""
         self._anchor = "" if tokenizer.encode("a").ids == tokenizer.encode(f"{anchor}a").ids[1:] else anchor
         self._prompt_tails: dict[str, list[int]] = {}
-
-    def samples(self, drafts: Sequence[Draft], *, source: str, row: int) -> list[Sample]:
-        """The samples of a row's drafts."""
-        return self.samples_of(drafts, [self._tokens(draft.text) for draft in drafts], source=source, row=row)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of many texts; what `samples_of` wants."""

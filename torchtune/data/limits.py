@@ -45,7 +45,9 @@ def check_product(left: Any, right: Any) -> None:
 def check_arguments(name: str, text: str, args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> None:
     """Refuse what would make a huge text before it is made: widths, and replacing little by much."""
     args = (*args, *(kwargs or {}).values())
-    if any(isinstance(value, int) and value > MAX_CHARS for value in args):
+    # These write the number's worth for each line or tab of the text; others once.
+    times = max(text.count("\n"), text.count("\t"), 1) if name in ("indent", "expandtabs") else 1
+    if any(isinstance(value, int) and value * times > MAX_CHARS for value in args):
         raise TooMuch(f"the argument of {name} is too large")
     if name == "format":
         check_format(text)

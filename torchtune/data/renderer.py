@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
+from torchtune.data.draft import Draft, Drafts, Turn
 from torchtune.data.encoding import Encoder
 from torchtune.data.options import SpecialTokensInContent, TrainOn
 from torchtune.data.reading import Conversation, Reading, Text
@@ -19,7 +21,7 @@ from torchtune.data.rows import Row
 from torchtune.data.sample import Sample
 from torchtune.data.template import ChatTemplate, TemplateRefused
 from torchtune.data.tracked import Tracked, concat, mark
-from torchtune.data.turns import Draft, Drafts, Turn, TurnFinder
+from torchtune.data.turns import TurnFinder
 from torchtune.errors import DataError
 from torchtune.tokenizers.tokenizer import Tokenizer
 
@@ -95,27 +97,30 @@ class Renderer:
 
     def render(self, rows: Sequence[Row | DataError]) -> list[Rendered]:
         """Many rows at once, encoded together; a row that failed to be read keeps its error."""
-        drafted: list[tuple[Drafts, DataError | None]] = []
-        for row in rows:
-            try:
-                drafted.append((self.drafts(row), None) if isinstance(row, Row) else (Drafts([]), row))
-            except DataError as error:
-                assert isinstance(row, Row)
-                drafted.append((Drafts([]), _at(error, row.source)))
-        texts = [draft.text for drafts, _ in drafted for draft in drafts.drafts]
+        drafted = [self._drafted(row) for row in rows]
+        texts = [draft.text for each in drafted if isinstance(each, Drafts) for draft in each.drafts]
         tokens = iter(self._encoder.encode_batch(texts))
         results = []
-        for row, (drafts, error) in zip(rows, drafted, strict=True):
-            encoded = [next(tokens) for _ in drafts.drafts]
-            if error is not None or not isinstance(row, Row):
-                results.append(Rendered(error=error))
+        for row, each in zip(rows, drafted, strict=True):
+            if isinstance(each, DataError):
+                results.append(Rendered(error=each))
                 continue
+            assert isinstance(row, Row)
+            encoded = [next(tokens) for _ in each.drafts]
             try:
-                samples = self._encoder.samples_of(drafts.drafts, encoded, source=row.source, row=row.index)
-                results.append(Rendered([sample for sample in samples if sample.num_trained], drafts.notes))
-            except DataError as error_:
-                results.append(Rendered(error=_at(error_, row.source)))
+                samples = self._encoder.samples_of(each.drafts, encoded, source=row.source, row=row.index)
+                results.append(Rendered([sample for sample in samples if sample.num_trained], each.notes))
+            except DataError as error:
+                results.append(Rendered(error=_at(error, row.source)))
         return results
+
+    def _drafted(self, row: Row | DataError) -> Drafts | DataError:
+        if isinstance(row, DataError):
+            return row
+        try:
+            return self.drafts(row)
+        except DataError as error:
+            return _at(error, row.source)
 
     def drafts(self, row: Row) -> Drafts:
         """The samples of a row as text, each with the regions that are trained."""
@@ -164,7 +169,7 @@ def _remedy(conversation: Conversation) -> str:
     remedies = []
     if "system" in roles:
         remedies.append("dataset.system=fold puts the system message before the first user message's words")
-    if any(one == other for one, other in zip(roles, roles[1:], strict=False)):
+    if any(one == other for one, other in pairwise(roles)):
         remedies.append("dataset.merge_turns=true joins messages of the same role")
     remedies.append("dataset.chat_template=FILE.jinja gives another template")
     return "; ".join(remedies)

@@ -98,8 +98,8 @@ class Report:
         more = ", ..." if cut.num_samples > len(cut.listed) else ""
         return (
             f"{cut.num_samples} of {_count(total, 'sample')} longer than max_seq_len={self.max_seq_len}, "
-            f"{DONE[self.too_long]}: {cut.num_tokens:,} tokens, {cut.num_trained:,} of them trained, are not seen{empty}: "
-            f"{', '.join(cut.listed)}{more}"
+            f"{DONE[self.too_long]}: {cut.num_tokens:,} tokens, {cut.num_trained:,} of them trained, are not seen"
+            f"{empty}: {', '.join(cut.listed)}{more}"
         )
 
 

@@ -25,8 +25,10 @@ class Sample:
     row: int = 0
 
     def __post_init__(self) -> None:
-        assert self.input_ids.dtype == np.int32 and self.trained.dtype == np.bool_
-        assert self.input_ids.shape == self.trained.shape and self.input_ids.ndim == 1
+        assert self.input_ids.dtype == np.int32
+        assert self.trained.dtype == np.bool_
+        assert self.input_ids.ndim == 1
+        assert self.input_ids.shape == self.trained.shape
         assert not (len(self.trained) and self.trained[0]), "nothing predicts the first token"
 
     def __len__(self) -> int:

@@ -25,7 +25,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from torchtune.data.limits import (
-    MAX_CHARS, MAX_SECONDS, TooMuch, check_arguments, check_format, check_product, check_size, is_small,
+    MAX_CHARS,
+    MAX_SECONDS,
+    TooMuch,
+    check_arguments,
+    check_product,
+    check_size,
+    is_small,
 )
 from torchtune.data.tracked import GENERATION, Tracked, concat, covered, formatted, join, labels_in
 
@@ -127,11 +133,24 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if operator == "*":
             check_product(left, right)
         if operator == "%" and isinstance(left, str):
-            check_format(left)
+            check_arguments("format", left, right if isinstance(right, tuple) else (right,))
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str):
             check_size(result)
         return result
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`format` and `format_map` of texts."""
+        call = super().wrap_str_format(value)
+        if call is None:
+            return None
+        unlimited = call
+
+        def limited(*args: Any, **kwargs: Any) -> str:
+            check_arguments("format", value.__self__, args, kwargs)
+            return unlimited(*args, **kwargs)
+
+        return limited
 
     def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Any call that a template makes."""

@@ -218,8 +218,13 @@ def concat(parts: Iterable[str]) -> Tracked:
     spans: list[Span] = []
     place = 0
     for part in parts:
-        if isinstance(part, Tracked):
-            spans.extend((start + place, end + place, label) for start, end, label in part.spans)
+        if isinstance(part, Tracked) and part.spans:
+            first, end, label = part.spans[0]
+            if spans and spans[-1][1:] == (first + place, label):  # goes on where the last one ended
+                spans[-1] = (spans[-1][0], end + place, label)
+            else:
+                spans.append((first + place, end + place, label))
+            spans.extend((start + place, end + place, label) for start, end, label in part.spans[1:])
         place += len(part)
     return Tracked("".join(parts), tuple(spans))
 

@@ -14,56 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torchtune.data.calls import calls_as, rewrite_calls
+from torchtune.data.draft import Draft, Drafts, Turn
 from torchtune.data.reading import Conversation
 from torchtune.data.template import ChatTemplate, Message
-from torchtune.data.tracked import GENERATION, TOOLS, Tracked, concat, plain
+from torchtune.data.tracked import Tracked, concat, plain
+from torchtune.data.turn_checks import compare_marks, left_out, refuse_foreign, shown, words_of
 from torchtune.errors import DataError
 
-# Fields that stand in a turn's header; all others are what is said.
-HEADER_FIELDS = frozenset(["role", "name", "from"])
 _PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
-_SHOWN_CHARS = 40
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A region of a text that the model is to say: characters `start` to `end`, the end of turn included."""
-
-    message: int
-    start: int
-    end: int
-
-
-@dataclass
-class Draft:
-    """A sample as text.
-
-    Attributes:
-        text: the whole of it.
-        turns: what of it is trained, in order.
-        is_chat: a template wrote it, special tokens and all; else BOS and EOS are the tokenizer's to add.
-    """
-
-    text: Tracked
-    turns: list[Turn]
-    is_chat: bool = True
-
-
-@dataclass
-class Drafts:
-    """What became of one row.
-
-    Attributes:
-        drafts: its samples, in the order of their turns.
-        notes: what was found in it that the user should hear of, once.
-    """
-
-    drafts: list[Draft]
-    notes: set[str] = field(default_factory=set)
 
 
 class TurnFinder:
@@ -111,10 +72,10 @@ class TurnFinder:
                     break
             if turn is None:
                 result.drafts.append(self._own(prompt, i, messages, tools))
-                result.notes |= _left_out(result.drafts[-1].text, messages[: i + 1], conversation)
+                result.notes |= left_out(result.drafts[-1].text, messages[: i + 1], conversation)
         if self.template.has_generation_marks:
-            for draft in result.drafts:
-                result.notes.update(filter(None, (self._compare_marks(draft, turn) for turn in draft.turns)))
+            compared = (compare_marks(draft.text, turn) for draft in result.drafts for turn in draft.turns)
+            result.notes.update(filter(None, compared))
         result.drafts.reverse()
         return result
 
@@ -131,7 +92,7 @@ class TurnFinder:
 
         `whole` is the conversation up to and with turn i.
         """
-        last_word = max((end for _, end in _words(draft.text, i)), default=0)
+        last_word = max((end for _, end in words_of(draft.text, i)), default=0)
         if not (
             draft.text.startswith(prompt) and whole.startswith(prompt) and whole.startswith(draft.text[:last_word])
         ):
@@ -139,7 +100,7 @@ class TurnFinder:
         turn = self._turn(draft.text, whole, prompt, i)
         if not draft.text.startswith(whole[: turn.end]):
             return None
-        _refuse_foreign(draft.text, turn)
+        refuse_foreign(draft.text, turn)
         return turn
 
     def _own(self, prompt: str, i: int, messages: Sequence[Message], tools: list[Any] | None) -> Draft:
@@ -150,12 +111,12 @@ class TurnFinder:
             before = self.template.render_tracked(messages[:i], tools, add_generation_prompt=True)
             text = concat((before, text.cut(self._opening(text, prompt, i), len(text))))
         turn = self._turn(text, text, prompt, i)
-        _refuse_foreign(text, turn)
+        refuse_foreign(text, turn)
         return Draft(text, [turn])
 
     def _turn(self, text: Tracked, whole: str, prompt: str, i: int) -> Turn:
         """Turn i, which stands behind `prompt` in `text`, and at the end of `whole`."""
-        words = _words(text, i)
+        words = words_of(text, i)
         start = len(prompt)
         tail = max([end for _, end in words], default=start)
         end = tail + self._end_of_turn(whole[tail:], i)
@@ -168,7 +129,7 @@ class TurnFinder:
 
     def _opening(self, text: Tracked, prompt: str, i: int) -> int:
         """Where turn i begins in a rendering that does not begin with `prompt`."""
-        first_word = min((begin for begin, _ in _words(text, i)), default=len(text))
+        first_word = min((begin for begin, _ in words_of(text, i)), default=len(text))
         place = text.rfind(self._header, 0, first_word) if self._header else -1
         if place >= 0:
             return place + len(self._header)
@@ -178,8 +139,8 @@ class TurnFinder:
             (k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt))
         )
         raise DataError(
-            f"the chat template opens the turn of message {i + 1} at inference with {_shown(prompt[shared:])} but "
-            f"writes it here as {_shown(plain(text)[shared:])}, so training on it would not read as inference does; "
+            f"the chat template opens the turn of message {i + 1} at inference with {shown(prompt[shared:])} but "
+            f"writes it here as {shown(plain(text)[shared:])}, so training on it would not read as inference does; "
             "give dataset.chat_template a template for training, or the variable that makes them agree "
             "by dataset.chat_template_kwargs"
         )
@@ -206,7 +167,7 @@ class TurnFinder:
             whole = self.template.render_tracked(_PROBE)
         except DataError:
             return  # a template that wants other messages: each row then speaks for itself
-        words = _words(whole, 1)
+        words = words_of(whole, 1)
         if not words:
             return
         self._has_generation_prompt = fed != without
@@ -226,7 +187,3 @@ def _alternatives(tokens: Collection[str]) -> re.Pattern[str]:
     """Matches any of `tokens`, the longest first; nothing if there are none."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")

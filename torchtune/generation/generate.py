@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from torchtune.modules.kv_cache import KVCache
 
 @torch.no_grad()
 def generate(
-    model: CausalLM, prompt_ids: list[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()
+    model: CausalLM, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()
 ) -> Iterator[int]:
     """The most likely next tokens after a prompt, as they come; the stop token is not among them.
 
@@ -21,11 +21,18 @@ def generate(
         prompt_ids: the prompt's tokens, with whatever the template puts before an answer.
         max_new_tokens: at most so many are made.
         stop_ids: tokens that end the answer.
+    Raises:
+        ValueError: prompt and answer need more positions than the model has.
     """
+    limit = model.model.max_positions
+    if limit is not None and len(prompt_ids) + max_new_tokens > limit:
+        raise ValueError(
+            f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit} positions"
+        )
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    cache = KVCache.for_model(model, num_documents=1)
+    device = model.model.embed_tokens.weight.device
+    cache = KVCache.empty(len(model.model.layers), 1, max_positions=limit)
     ids, start = torch.tensor(prompt_ids, device=device), 0
     try:
         for _ in range(max_new_tokens):

@@ -345,20 +345,19 @@ class FullFinetuneRecipe:
         read_all = self._dataloader.rows_consumed >= self._dataloader.num_rows
         epoch_ends = read_all or self.steps_in_epoch == self.max_steps_per_epoch
         run_ends = step == params.max_steps or (epoch_ends and epoch + 1 == self.total_epochs)
-        every = params.eval_every_n_steps
+        every, stopping, is_best = params.eval_every_n_steps, params.early_stopping, False
         evaluates = self._eval_dataloader is not None and (run_ends or (step % every == 0 if every else epoch_ends))
         if run_ends or evaluates or step % self._log_every_n_steps == 0:
             # The step's only wait for the device.
             metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
             metrics |= self._timer.metrics() | {"peak_memory_bytes": peak_memory_bytes(self._device)}
             with self._timer.paused():
-                is_best = evaluates and self._evaluate(metrics)
+                if evaluates:
+                    metrics["eval_loss"] = self.evaluate()
+                    is_best = self.best.update(metrics["eval_loss"], step, min_delta=stopping.min_delta if stopping else 0)
                 self.metric_loggers.log_dict(metrics, step)
                 self._progress.update(step, metrics)
-                stopping = params.early_stopping
                 run_ends |= stopping is not None and self.best.num_without_better >= stopping.patience
-        else:
-            is_best = False
         if epoch_ends:
             self.epochs_run, self.steps_in_epoch = epoch + 1, 0
         with self._timer.paused():
@@ -385,15 +384,12 @@ class FullFinetuneRecipe:
         asked = self._signals.take_save_request() or self._output.save_is_overdue(params.save_every_minutes)
         return any_rank(asked, self._device) or planned
 
-    def _evaluate(self, metrics: dict[str, Any]) -> bool:
-        """Add the held-out loss to `metrics`; returns whether it is the best so far."""
-        assert self._eval_dataloader is not None
+    def evaluate(self) -> float:
+        """The mean loss over all trained tokens of the held-out data."""
+        assert self._eval_dataloader is not None, "there is nothing held out"
         self._eval_dataloader.set_epoch(0)
         with self._autocast:
-            loss = held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._device)
-        metrics["eval_loss"] = loss
-        stopping = self._params.early_stopping
-        return self.best.update(loss, self.total_training_steps, min_delta=stopping.min_delta if stopping else 0.0)
+            return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._device)
 
     def save_checkpoint(self, epoch: int | None = None) -> Path:
         """Write OUT/step_N/: the model as its source was, and recipe_state/ to resume from.
