@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtune.modules.cpu_attention import attend_on_cpu
 from torchtune.modules.documents import Documents
 from torchtune.modules.kv_cache import LayerCache
 from torchtune.modules.linear import Linear
@@ -26,8 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, scale: floa
     """
     if q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, scale, window)
-    parts = [_attend_one(q[start:end], k[start:end], v[start:end], scale, window) for start, end in documents.bounds]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return attend_on_cpu(q, k, v, documents, scale, window)
 
 
 def attend_cached(

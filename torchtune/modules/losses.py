@@ -20,7 +20,7 @@ class LinearCrossEntropy(nn.Module):
         chunk_size: rows whose logits exist at a time.
     """
 
-    def __init__(self, chunk_size: int = 1024) -> None:
+    def __init__(self, chunk_size: int = 256) -> None:
         super().__init__()
         self.chunk_size = chunk_size
 
@@ -40,16 +40,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        # One buffer for all chunks: on the CPU a fresh one of this size costs more in page faults than its use.
+        buffer = torch.empty(min(chunk_size, hidden.shape[0]), weight.shape[0], dtype=wide, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = hidden[rows] @ weight_cast.T  # [n, V]
-            picked = logits.gather(1, targets[rows, None]).to(wide)
-            log_z = torch.logsumexp(logits.to(wide), dim=-1, keepdim=True)
-            total += (log_z - picked).sum()
+            labels = targets[rows, None]
+            logits = buffer[: labels.shape[0]].copy_(hidden[rows] @ weight_cast.T)  # [n, V]
+            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (log_z - logits.gather(1, labels)).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            grad_logits = torch.exp(logits.to(wide).sub_(log_z))
-            grad_logits.scatter_add_(1, targets[rows, None], torch.full_like(log_z, -1.0))
+            grad_logits = logits.sub_(log_z).exp_()
+            grad_logits.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
