@@ -354,7 +354,9 @@ class FullFinetuneRecipe:
             with self._timer.paused():
                 if evaluates:
                     metrics["eval_loss"] = self.evaluate()
-                    is_best = self.best.update(metrics["eval_loss"], step, min_delta=stopping.min_delta if stopping else 0)
+                    is_best = self.best.update(
+                        metrics["eval_loss"], step, min_delta=stopping.min_delta if stopping else 0
+                    )
                 self.metric_loggers.log_dict(metrics, step)
                 self._progress.update(step, metrics)
                 run_ends |= stopping is not None and self.best.num_without_better >= stopping.patience

@@ -60,7 +60,8 @@ class QuickstartParams(FullFinetuneParams):
         default_factory=lambda: DatasetOptions(path=str(DATA / "train.jsonl")), description="By default shipped rows."
     )
     eval_dataset: DatasetOptions | None = Field(
-        default_factory=lambda: DatasetOptions(path=str(DATA / "held_out.jsonl")), description="By default shipped rows."
+        default_factory=lambda: DatasetOptions(path=str(DATA / "held_out.jsonl")),
+        description="By default shipped rows.",
     )
     # 24 steps of at most 480 tokens: under 12,000 tokens in all.
     max_seq_len: int | None = Field(480, ge=1, description="Tokens of a row at most.")

@@ -35,7 +35,20 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 # Keys that decide what is seen and kept, not what is trained.
 WITHOUT_EFFECT = frozenset(
-    ["output_dir", "resume_from_checkpoint", "log_every_n_steps", "metric_logger", "profiler", "num_workers", "device", "save_every_n_steps", "save_every_minutes", "save_every_epoch", "save_last", "keep_last"]
+    [
+        "output_dir",
+        "resume_from_checkpoint",
+        "log_every_n_steps",
+        "metric_logger",
+        "profiler",
+        "num_workers",
+        "device",
+        "save_every_n_steps",
+        "save_every_minutes",
+        "save_every_epoch",
+        "save_last",
+        "keep_last",
+    ]
 )
 
 
