@@ -74,10 +74,7 @@ EXPECTED = {
         ],
         "empty": [[EMPTY_THOUGHT + "<|im_end|>"]],
         "calling": [
-            [
-                EMPTY_THOUGHT
-                + '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
-            ],
+            [EMPTY_THOUGHT + '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'],
             [EMPTY_THOUGHT + "It is 5.<|im_end|>"],
         ],
         "reasoning": [
@@ -183,9 +180,7 @@ def test_prompt_is_what_inference_feeds_token_for_token(name):
 def test_the_whole_text_is_the_templates(name):
     """A conversation that stays whole reads as apply_chat_template writes it, its ids too: one BOS, no added EOS."""
     samples = render_samples(stock_renderer(name), TWO_TURNS[:2])
-    (expected,), _ = render_jinja_template(
-        [TWO_TURNS[:2]], chat_template=template(name), **tokenizer_of(name).special
-    )
+    (expected,), _ = render_jinja_template([TWO_TURNS[:2]], chat_template=template(name), **tokenizer_of(name).special)
     assert samples[0].input_ids.tolist() == tokenizer_of(name).encode(expected).ids
     assert samples[0].input_ids.dtype == "int32"
     if bos := tokenizer_of(name).bos_id:

@@ -51,14 +51,16 @@ def download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = {"ignore_patterns": list(ignore_patterns)} if ignore_patterns is not None else {}
-    if not patterns:
-        patterns = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    allowed = WANTED if ignore_patterns is None else None
+    ignored = UNWANTED if ignore_patterns is None else list(ignore_patterns)
     try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, local_dir=str(local_dir) if local_dir else None, token=token, **patterns
-            )
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            local_dir=local_dir,
+            token=token,
+            allow_patterns=allowed,
+            ignore_patterns=ignored,
         )
     except GatedRepoError as error:
         remedy = "ask for access on its page and log in with `hf auth login`, or pass a token"
@@ -71,6 +73,7 @@ def download(
         raise CheckpointError(f"is not in the cache and the hub can't be reached: {remedy}", path=repo_id) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"can't be downloaded: {error}", path=repo_id) from error
+    return Path(str(found))
 
 
 def _near(path: Path) -> str:

@@ -189,10 +189,7 @@ def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None) 
         CheckpointError, UnsupportedError: says which file is wrong and what to do.
     """
     path = resolve(str(source))
-    if path.is_file():
-        checkpoint = _open_gguf(str(source), path)
-    else:
-        checkpoint = _open_folder(str(source), path)
+    checkpoint = _open_gguf(str(source), path) if path.is_file() else _open_folder(str(source), path)
     _check_config(checkpoint)
     if tokenizer is not None:
         replacement = resolve(str(tokenizer))

@@ -20,7 +20,8 @@ def load_module(recipe: Entry) -> ModuleType:
     if folder not in sys.path:
         sys.path.append(folder)  # never first: a file of the user's must not replace a library
     spec = importlib.util.spec_from_file_location(recipe.name, recipe.path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[recipe.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

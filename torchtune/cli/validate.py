@@ -37,7 +37,7 @@ def validate(recipe: Entry, arguments: Sequence[str]) -> None:
     from torchtune.config.parse import parse_params
 
     module = load_module(recipe)
-    params = parse_params(_params_class(module, recipe), list(arguments))
+    params: Any = parse_params(_params_class(module, recipe), list(arguments))
     if hasattr(module, "check"):
         module.check(params)
 

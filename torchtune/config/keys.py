@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import types
 from collections.abc import Iterator, Sequence
@@ -114,7 +115,7 @@ class Key:
     name: str
     type: Type
     field: FieldInfo
-    owner: type
+    owner: builtins.type
 
     @property
     def required(self) -> bool:
@@ -144,10 +145,10 @@ def shorthand(cls: type) -> str | None:
 
 def take_apart(annotation: Any, metadata: Sequence[Any] = ()) -> Type:
     """Flatten `Annotated` and unions."""
-    members, marks = [], list(metadata)
+    members: list[Any] = []
+    marks = list(metadata)
     if get_origin(annotation) is Annotated:
-        inner = take_apart(annotation.__origin__, [*_flat(annotation.__metadata__), *metadata])
-        return inner
+        return take_apart(annotation.__origin__, [*_flat(annotation.__metadata__), *metadata])
     if get_origin(annotation) in (Union, types.UnionType):
         for part in get_args(annotation):
             inner = take_apart(part)

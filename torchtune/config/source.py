@@ -142,9 +142,10 @@ def _with_origins(node: yaml.Node, value: Any, name: str, origins: dict[KeyPath,
             key_node, child = children.get(str(key), (None, None))
             # Keys that a YAML merge (<<) brought in have no node here; their parent's line stands for them.
             found[str(key)] = _with_origins(child, below, name, origins, (*path, str(key))) if child else below
+            place = (*path, str(key))
             if key_node is not None and name != COMMAND_LINE:
-                text = origins[(*path, str(key))].text
-                origins[(*path, str(key))] = Origin(f"{name}:{key_node.start_mark.line + 1}", text)
+                text = origins[place].text
+                origins[place] = Origin(f"{name}:{key_node.start_mark.line + 1}", text)
         return found
     if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
         pairs = enumerate(zip(node.value, value, strict=True))

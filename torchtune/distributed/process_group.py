@@ -67,7 +67,7 @@ def init_process_group(backend: str | None = None, device: torch.device | None =
 @contextmanager
 def process_group(device: torch.device | str | None = None) -> Iterator[None]:
     """Hold the launcher's process group, if there is one, and leave none behind."""
-    kind = torch.device(device) if device not in (None, "auto") else None  # type: ignore[arg-type]
+    kind = torch.device(device) if device not in (None, "auto") else None
     started = init_process_group(device=kind)
     try:
         yield

@@ -26,7 +26,8 @@ class LayerCache:
         self.values[index] = _with_room(self.values[index], old, new, v)
         self.lengths[index] = new
         keys, values = self.keys[index], self.values[index]
-        assert keys is not None and values is not None
+        assert keys is not None
+        assert values is not None
         keys[old:new], values[old:new] = k, v
         return keys[:new], values[:new]
 

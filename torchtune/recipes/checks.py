@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def check_finetune(params: FinetuneParams, recipe: str) -> None:
     for key in ("dataset", "eval_dataset"):
         options = getattr(params, key)
         if options is not None:
-            attempt(key, lambda options=options, key=key: _check_paths(options.path, key))
+            attempt(key, partial(_check_paths, options.path, key))
     attempt("model_checkpoint", lambda: _check_checkpoint(params))
     if problems:
         raise ConfigError(problems)

@@ -34,6 +34,7 @@ from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.data.batch import Batch
 from torchtune.data.loader import DataLoader
+from torchtune.data.prepare import Prepared
 from torchtune.data.sampler import RowSampler
 from torchtune.distributed.gradients import sum_gradients
 from torchtune.distributed.process_group import (
@@ -167,21 +168,28 @@ class FullFinetuneRecipe:
             say(
                 f"generation_config: '{self._tokenizer.id_to_token(token)}' ends a trained turn and is added to what stops"
             )
-        loader = partial(
-            DataLoader,
-            **self._batching.as_dict(),
-            packed=params.packed,
-            seed=self.seed,
-            rank=rank(),
-            world_size=world_size(),
-            num_workers=params.num_workers,
-        )
+
+        def loader(source: Prepared, sampler: RowSampler) -> DataLoader:
+            dealt = DataLoader(
+                source,
+                sampler,
+                batch_size=self._batching.batch_size,
+                gradient_accumulation_steps=self._batching.gradient_accumulation_steps,
+                max_seq_len=self._batching.max_seq_len,
+                packed=params.packed,
+                seed=self.seed,
+                rank=rank(),
+                world_size=world_size(),
+                num_workers=params.num_workers,
+            )
+            return self._open.enter_context(dealt)
+
         self._eval_dataloader = None
         if data.held_out is not None:
             in_order = RowSampler(data.held_out.num_rows, seed=self.seed, shuffle=False)
-            self._eval_dataloader = self._open.enter_context(loader(data.held_out, in_order))
+            self._eval_dataloader = loader(data.held_out, in_order)
         sampler = RowSampler(data.train.num_rows, seed=self.seed, shuffle=params.shuffle)
-        return sampler, self._open.enter_context(loader(data.train, sampler))
+        return sampler, loader(data.train, sampler)
 
     def _setup_model(self, params: FullFinetuneParams, ckpt_dict: dict[str, Any]) -> CausalLM:
         """Build on the meta device, transform, and only then read weights."""
@@ -430,7 +438,7 @@ class FullFinetuneRecipe:
 
         if is_main():
             write_step(self._output.path, step, write)
-            prune_steps(self._output.path, self._params.keep_last, keep={self.best.step} - {None})
+            prune_steps(self._output.path, self._params.keep_last, keep=[self.best.step or step])
         barrier()
         return self._output.saved(step)
 
@@ -450,8 +458,8 @@ class FullFinetuneRecipe:
 def main() -> None:
     """The recipe as a program: `tune run full_finetune key=value ...`."""
     params = parse_params(FullFinetuneParams)  # every mistake in them is reported here, before anything is read
-    check(params)
     with process_group(params.device):  # one rank is not a special case
+        check(params)
         recipe = FullFinetuneRecipe(params=params)
         recipe.setup(params=params)
         recipe.train()

@@ -24,37 +24,39 @@ Count = Annotated[int, Field(ge=1)]
 class LRSchedulerParams:
     """The learning rate over the run: torchtune/training/lr_schedulers.py states the formula."""
 
-    name: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the decay after the warm-up.")
-    num_warmup_steps: int | None = Field(
-        None, ge=0, description="Steps of linear warm-up; by default 3 % of the steps, at most 100."
+    name: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Shape of the decay after the warm-up."
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="The last step's rate, as a share of the peak.")
+    num_warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of linear warm-up; by default 3 % of the steps, at most 100."
+    )
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="The last step's rate, as a share of the peak.")
 
 
 @dataclass(config=STRICT, kw_only=True)
 class ProfilerParams:
     """The torch profiler on chosen steps."""
 
-    enabled: bool = Field(False, description="Profile the steps after wait_steps + warmup_steps.")
-    output_dir: str | None = Field(None, description="Where traces go; by default OUT/profiling_outputs.")
-    cpu: bool = Field(True, description="Record CPU operators.")
-    cuda: bool = Field(True, description="Record CUDA kernels, where there is CUDA.")
-    profile_memory: bool = Field(False, description="Record allocations.")
-    with_stack: bool = Field(False, description="Record the Python stack of each operator.")
-    record_shapes: bool = Field(True, description="Record the shapes of operators' inputs.")
-    with_flops: bool = Field(False, description="Estimate the operations of matrix products.")
-    wait_steps: int = Field(5, ge=0, description="Steps before the warm-up.")
-    warmup_steps: int = Field(3, ge=0, description="Steps profiled and thrown away.")
-    active_steps: int = Field(2, ge=1, description="Steps profiled and kept.")
-    num_cycles: int = Field(1, ge=0, description="How often to repeat; 0 means until the end.")
+    enabled: bool = Field(default=False, description="Profile the steps after wait_steps + warmup_steps.")
+    output_dir: str | None = Field(default=None, description="Where traces go; by default OUT/profiling_outputs.")
+    cpu: bool = Field(default=True, description="Record CPU operators.")
+    cuda: bool = Field(default=True, description="Record CUDA kernels, where there is CUDA.")
+    profile_memory: bool = Field(default=False, description="Record allocations.")
+    with_stack: bool = Field(default=False, description="Record the Python stack of each operator.")
+    record_shapes: bool = Field(default=True, description="Record the shapes of operators' inputs.")
+    with_flops: bool = Field(default=False, description="Estimate the operations of matrix products.")
+    wait_steps: int = Field(default=5, ge=0, description="Steps before the warm-up.")
+    warmup_steps: int = Field(default=3, ge=0, description="Steps profiled and thrown away.")
+    active_steps: int = Field(default=2, ge=1, description="Steps profiled and kept.")
+    num_cycles: int = Field(default=1, ge=0, description="How often to repeat; 0 means until the end.")
 
 
 @dataclass(config=STRICT, kw_only=True)
 class EarlyStoppingParams:
     """Stop when the held-out loss no longer falls."""
 
-    patience: Count = Field(3, description="Evaluations without a better held-out loss before the run stops.")
-    min_delta: float = Field(0.0, ge=0, description="How much lower a loss must be to count as better.")
+    patience: Count = Field(default=3, description="Evaluations without a better held-out loss before the run stops.")
+    min_delta: float = Field(default=0.0, ge=0, description="How much lower a loss must be to count as better.")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -62,8 +64,8 @@ class ParamGroupParams:
     """Another rate or decay for the parameters whose name matches."""
 
     pattern: str = Field(description="Regular expression, searched in the parameter's name.")
-    lr: float | None = Field(None, ge=0, description="Their peak learning rate.")
-    weight_decay: float | None = Field(None, ge=0, description="Their weight decay.")
+    lr: float | None = Field(default=None, ge=0, description="Their peak learning rate.")
+    weight_decay: float | None = Field(default=None, ge=0, description="Their weight decay.")
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -72,37 +74,43 @@ class FinetuneParams:
 
     # What is trained, on what, to where.
     model_checkpoint: str = Field(description="Hugging Face-layout folder, GGUF file or hub id to start from.")
-    tokenizer: str | None = Field(None, description="Folder or tokenizer.json to use in place of the checkpoint's.")
+    tokenizer: str | None = Field(
+        default=None, description="Folder or tokenizer.json to use in place of the checkpoint's."
+    )
     dataset: DatasetOptions = Field(description="The data: a path, or a mapping with path and how to read it.")
-    eval_dataset: DatasetOptions | None = Field(None, description="Held-out data, like dataset.")
+    eval_dataset: DatasetOptions | None = Field(default=None, description="Held-out data, like dataset.")
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Share of dataset's rows to hold out, when there is no eval_dataset."
+        default=0.0, ge=0, lt=1, description="Share of dataset's rows to hold out, when there is no eval_dataset."
     )
     output_dir: str | None = Field(
-        None, description="Where all goes; by default runs/MODEL-RECIPE-TIME. A run that is there is not overwritten."
+        default=None,
+        description="Where all goes; by default runs/MODEL-RECIPE-TIME. A run that is there is not overwritten.",
     )
-    seed: int | None = Field(42, ge=0, description="Seed of order, dropout and splits; null draws one.")
+    seed: int | None = Field(default=42, ge=0, description="Seed of order, dropout and splits; null draws one.")
 
     # How long.
     epochs: Count | None = Field(
-        None, description="Passes over the data; with neither epochs nor max_steps: 3. With max_steps: until that."
+        default=None,
+        description="Passes over the data; with neither epochs nor max_steps: 3. With max_steps: until that.",
     )
-    max_steps: Count | None = Field(None, description="Optimizer steps after which the run ends.")
-    max_steps_per_epoch: Count | None = Field(None, description="Optimizer steps after which an epoch ends.")
+    max_steps: Count | None = Field(default=None, description="Optimizer steps after which the run ends.")
+    max_steps_per_epoch: Count | None = Field(default=None, description="Optimizer steps after which an epoch ends.")
 
     # The batch.
     batch_size: Count | None = Field(
-        None, description="Rows per data-parallel rank and micro-batch: packs (default 1), or samples (default 8)."
+        default=None,
+        description="Rows per data-parallel rank and micro-batch: packs (default 1), or samples (default 8).",
     )
     gradient_accumulation_steps: Count | None = Field(
-        None, description="Micro-batches per optimizer step; by default as many as fill a step with tokens."
+        default=None, description="Micro-batches per optimizer step; by default as many as fill a step with tokens."
     )
     max_seq_len: Count | None = Field(
-        None, description="Tokens of a row at most; by default chosen from the data, within the model's context."
+        default=None,
+        description="Tokens of a row at most; by default chosen from the data, within the model's context.",
     )
-    packed: bool = Field(True, description="Fill rows with several samples, which do not see each other.")
-    shuffle: bool = Field(True, description="Another order of the rows in each epoch.")
-    num_workers: int = Field(0, ge=0, description="Processes that tokenise ahead; 0 means a thread.")
+    packed: bool = Field(default=True, description="Fill rows with several samples, which do not see each other.")
+    shuffle: bool = Field(default=True, description="Another order of the rows in each epoch.")
+    num_workers: int = Field(default=0, ge=0, description="Processes that tokenise ahead; 0 means a thread.")
 
     # The step.
     optimizer: Component = Field(
@@ -115,7 +123,7 @@ class FinetuneParams:
     freeze: list[str] = Field(default_factory=list, description="Name patterns of parameters not to train.")
     lr_scheduler: LRSchedulerParams = Field(default_factory=LRSchedulerParams, description="Warm-up and decay.")
     clip_grad_norm: float | None = Field(
-        1.0, gt=0, allow_inf_nan=True, description="Largest gradient norm; null: off, inf: only measure."
+        default=1.0, gt=0, allow_inf_nan=True, description="Largest gradient norm; null: off, inf: only measure."
     )
     loss: Component = Field(
         default_factory=lambda: {"_component_": "torchtune.modules.losses.LinearCrossEntropy"},
@@ -123,33 +131,37 @@ class FinetuneParams:
     )
 
     # Where and in which numbers.
-    device: str = Field("auto", description="cpu, cuda, cuda:N, mps; auto: CUDA if there is any.")
-    dtype: Dtype = Field("auto", description="What is computed in; auto: bf16 where the device is fast at it.")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:N, mps; auto: CUDA if there is any.")
+    dtype: Dtype = Field(default="auto", description="What is computed in; auto: bf16 where the device is fast at it.")
     param_dtype: Literal["fp32", "bf16", "fp64"] = Field(
-        "fp32", description="What is trained and stepped; bf16 rounds stochastically."
+        default="fp32", description="What is trained and stepped; bf16 rounds stochastically."
     )
     enable_activation_checkpointing: bool = Field(
-        False, description="Keep only each layer's input, compute the rest again: less memory, a third more work."
+        default=False,
+        description="Keep only each layer's input, compute the rest again: less memory, a third more work.",
     )
-    compile: bool = Field(False, description="torch.compile each layer: pays off in long runs.")
+    compile: bool = Field(default=False, description="torch.compile each layer: pays off in long runs.")
 
     # What is seen and kept.
-    log_every_n_steps: Count = Field(1, description="Steps between lines of metrics.")
+    log_every_n_steps: Count = Field(default=1, description="Steps between lines of metrics.")
     metric_logger: Any = Field(
-        None,
+        default=None,
         description="stdout, disk, tensorboard, wandb, mlflow, comet, a component, or a list; besides metrics.jsonl.",
     )
     eval_every_n_steps: Count | None = Field(
-        None, description="Steps between evaluations; by default each epoch's end, and the run's."
+        default=None, description="Steps between evaluations; by default each epoch's end, and the run's."
     )
-    early_stopping: EarlyStoppingParams | None = Field(None, description="Stop when the held-out loss stops falling.")
-    save_every_n_steps: Count | None = Field(None, description="Steps between checkpoints.")
-    save_every_minutes: float | None = Field(30.0, gt=0, description="Minutes between checkpoints; null: off.")
-    save_every_epoch: bool = Field(False, description="A checkpoint at each epoch's end.")
-    save_last: bool = Field(True, description="A checkpoint at the end.")
-    keep_last: Count | None = Field(2, description="Checkpoints kept, the best besides; null: all.")
+    early_stopping: EarlyStoppingParams | None = Field(
+        default=None, description="Stop when the held-out loss stops falling."
+    )
+    save_every_n_steps: Count | None = Field(default=None, description="Steps between checkpoints.")
+    save_every_minutes: float | None = Field(default=30.0, gt=0, description="Minutes between checkpoints; null: off.")
+    save_every_epoch: bool = Field(default=False, description="A checkpoint at each epoch's end.")
+    save_last: bool = Field(default=True, description="A checkpoint at the end.")
+    keep_last: Count | None = Field(default=2, description="Checkpoints kept, the best besides; null: all.")
     resume_from_checkpoint: bool | str = Field(
-        False, description="true: go on from the newest in output_dir; auto: if there is one; or a checkpoint's path."
+        default=False,
+        description="true: go on from the newest in output_dir; auto: if there is one; or a checkpoint's path.",
     )
     profiler: ProfilerParams = Field(default_factory=ProfilerParams, description="The torch profiler.")
 

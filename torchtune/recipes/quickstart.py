@@ -64,9 +64,9 @@ class QuickstartParams(FullFinetuneParams):
         description="By default shipped rows.",
     )
     # 24 steps of at most 480 tokens: under 12,000 tokens in all.
-    max_seq_len: int | None = Field(480, ge=1, description="Tokens of a row at most.")
-    max_steps: int | None = Field(24, ge=1, description="Optimizer steps after which the run ends.")
-    gradient_accumulation_steps: int | None = Field(1, ge=1, description="Micro-batches per optimizer step.")
+    max_seq_len: int | None = Field(default=480, ge=1, description="Tokens of a row at most.")
+    max_steps: int | None = Field(default=24, ge=1, description="Optimizer steps after which the run ends.")
+    gradient_accumulation_steps: int | None = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
     optimizer: Component = Field(
         default_factory=lambda: {"_component_": "torch.optim.AdamW", "lr": 5e-4}, description="Any optimizer."
     )
@@ -75,10 +75,10 @@ class QuickstartParams(FullFinetuneParams):
 def main() -> None:
     """Ask, train, ask again, and say where to go from here."""
     params = parse_params(QuickstartParams)
-    check(params)
     rows = [json.loads(line) for line in (DATA / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     questions = [row["messages"] for row in rows[:NUM_QUESTIONS]]
     with process_group(params.device):
+        check(params)
         recipe = FullFinetuneRecipe(params=params)
         recipe.setup(params=params)
         before, loss_before = [ask(recipe, messages) for messages in questions], recipe.evaluate()
@@ -93,7 +93,8 @@ def main() -> None:
     dtype = recipe._dtype
     say(
         f"\nHeld-out loss {loss_before:.3f} before, {loss_after:.3f} after {recipe.total_training_steps} steps in "
-        f"{seconds:.0f} s ({dtype_name(dtype)}; this machine multiplies {matmul_rate(dtype, recipe._device):.0f} GFLOP/s)."
+        f"{seconds:.0f} s ({dtype_name(dtype)}; this machine multiplies "
+        f"{matmul_rate(dtype, recipe._device):.0f} GFLOP/s)."
     )
     folder = recipe._output.path / f"step_{recipe.total_training_steps}"
     say(

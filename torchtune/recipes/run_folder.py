@@ -104,8 +104,8 @@ class RunFolder:
         steps = complete_steps(self.path)
         holds = f"a run with checkpoints up to step {steps[-1]}" if steps else "a run without a checkpoint"
         raise ConfigError(
-            f"{self.path} already holds {holds}; go on with it by resume_from_checkpoint={'true' if steps else 'auto'}, "
-            "or name another output_dir",
+            f"{self.path} already holds {holds}; go on with it by "
+            f"resume_from_checkpoint={'true' if steps else 'auto'}, or name another output_dir",
             key="output_dir",
         )
 

@@ -18,6 +18,6 @@ def apply_activation_checkpointing(layers: nn.ModuleList) -> None:
         # Non-reentrant: parameters that the checkpointed inputs don't lead to (adapters behind a frozen
         # embedding) get their gradients too. The random state is kept only where dropout would need it.
         has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
-        layer.forward = functools.partial(  # type: ignore[method-assign]
+        layer.forward = functools.partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=has_dropout
         )

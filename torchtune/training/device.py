@@ -44,7 +44,7 @@ def _cuda_device(chosen: torch.device) -> torch.device:
     index = chosen.index if chosen.index is not None else local_rank()
     if local_rank() and index != local_rank():
         raise ConfigError(
-            f"'{chosen}' is not the device of local rank {local_rank()}; use device=cuda, which gives each rank its own",
+            f"'{chosen}' is not the device of local rank {local_rank()}; device=cuda gives each rank its own",
             key="device",
         )
     if index >= num_devices:

@@ -132,7 +132,7 @@ class StochasticRounding(torch.optim.Optimizer):
         """Restore state; the inner optimizers see it through the shared dictionaries."""
         before = {parameter: parameter.dtype for parameter in self._masters}
         super().load_state_dict(state_dict)
-        packed = {index: state for index, state in state_dict["state"].items()}
+        packed = state_dict["state"]
         order = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in enumerate(order):
             if index in packed:

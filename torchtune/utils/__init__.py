@@ -12,7 +12,7 @@ HOMES = {
     "init_process_group": "torchtune.distributed.process_group",
 }
 
-__all__ = ["TuneArgumentParser", "get_device", "get_dtype", "init_process_group"]  # noqa: F822 - by __getattr__
+__all__ = ["TuneArgumentParser", "get_device", "get_dtype", "init_process_group"]
 
 
 def __getattr__(name: str) -> Any:
