@@ -316,14 +316,14 @@ def test_generation_marks_are_compared(end, note):
 def test_another_messages_words_in_a_turn_are_refused():
     """A template that writes the question into the answer is no mask to train on."""
     echo = C030.replace("m['content']", "m['content'] + (messages[0]['content'] if m['role'] == 'assistant' else '')")
-    with pytest.raises(DataError, match="content of message 1 into the turn of message 2"):
+    with pytest.raises(DataError, match="content of message 1 into the turn of message 4"):
         render_samples(Renderer(CHATML, echo, reading=MESSAGES), TWO_TURNS)
 
 
 def test_a_turn_that_opens_otherwise_at_inference_is_refused():
     """R1-like: the generation prompt opens a thought that the rendered turn does not have."""
     thinking = C030.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'")
-    with pytest.raises(DataError, match="opens the turn of message 2 at inference with '<think>") as caught:
+    with pytest.raises(DataError, match="opens the turn of message 4 at inference with '<think>") as caught:
         render_samples(Renderer(CHATML, thinking, reading=MESSAGES), TWO_TURNS)
     assert "chat_template_kwargs" in caught.value.problem
 
@@ -359,7 +359,7 @@ def test_an_end_of_turn_that_is_no_token_is_trained():
 
 
 def test_messages_without_a_template_are_refused_with_the_way_out():
-    with pytest.raises(DataError, match="dataset.chat_template=FILE") as caught:
+    with pytest.raises(DataError, match=r"dataset\.chat_template=FILE") as caught:
         render_samples(Renderer(CHATML, None, reading=MESSAGES), TWO_TURNS)
     assert caught.value.source == "chats.jsonl:1"
 

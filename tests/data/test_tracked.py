@@ -64,7 +64,7 @@ OPERATIONS = {
     "center": lambda t: t.center(30, "0"),
     "ljust": lambda t: t.ljust(30),
     "rjust": lambda t: t.rjust(30),
-    "format": lambda t: formatted(lambda v: "<%s|%s>" % tuple(v), "<%s|%s>", [t, "1"]),
+    "format": lambda t: formatted(lambda v: "<{}|{}>".format(*tuple(v)), "<%s|%s>", [t, "1"]),
     "expandtabs": lambda t: t.expandtabs(),
 }
 

@@ -1,0 +1,52 @@
+"""What the recipes' tests share: a tiny checkpoint, rows, and a way to run the recipe in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_checkpoint import save_tiny_checkpoint
+from torchtune.recipes.full_finetune import FullFinetuneParams, FullFinetuneRecipe
+
+CASES = Path(__file__).parent.parent / "cases"
+ROWS = CASES / "common_rows24.jsonl"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama checkpoint in fp32."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
+
+
+@pytest.fixture
+def train(checkpoint, tmp_path):
+    """Run full_finetune with these keys over the defaults of a small test; returns the recipe and its metrics."""
+
+    def run(**keys):
+        values = {
+            "model_checkpoint": str(checkpoint),
+            "dataset": {"path": str(ROWS)},
+            "output_dir": str(tmp_path / "out"),
+            "dtype": "fp32",
+            "gradient_accumulation_steps": 1,
+            "max_seq_len": 256,
+            "save_last": False,
+        }
+        params = FullFinetuneParams(**(values | keys))
+        recipe = FullFinetuneRecipe(params=params)
+        recipe.setup(params=params)
+        recipe.train()
+        recipe.cleanup()
+        return recipe, metrics_of(Path(params.output_dir))
+
+    return run
+
+
+def metrics_of(output_dir):
+    """The lines of metrics.jsonl, read strictly."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
