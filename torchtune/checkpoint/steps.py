@@ -88,7 +88,10 @@ def verify_step(path: Path) -> None:
     sums = _checksums([path / name for name in manifest])
     for (name, entry), found in zip(manifest.items(), sums, strict=True):
         if found != entry["sha256"]:
-            raise CheckpointError("has changed since it was written: its checksum is another", path=path / name)
+            raise CheckpointError(
+                "has changed since it was written: its checksum is another; go on from an earlier checkpoint",
+                path=path / name,
+            )
 
 
 def prune_steps(output_dir: Path, keep_last: int | None, keep: Collection[int] = ()) -> None:

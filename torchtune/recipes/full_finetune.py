@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint
 from torchtune.checkpoint.save import masters, save_model
-from torchtune.checkpoint.steps import mark_best, prune_steps, write_step
+from torchtune.checkpoint.steps import mark_best, prune_steps, verify_step, write_step
 from torchtune.checkpoint.training_state import (
     load_masters,
     load_optimizer_tensors,
@@ -136,6 +136,9 @@ class FullFinetuneRecipe:
         if folder is None:
             checkpoint = open_checkpoint(ckpt_path, tokenizer=self._params.tokenizer)
             return {"checkpoint": checkpoint, "training_state": None}
+        if is_main():  # one rank reads it whole; the others end when it does
+            verify_step(folder)
+        barrier()
         return {"checkpoint": open_checkpoint(folder), "training_state": load_training_state(folder)}
 
     def _update_recipe_state(self, ckpt_dict: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from torchtune import __version__
-from torchtune.checkpoint.steps import complete_steps, newest_step, verify_step
+from torchtune.checkpoint.steps import complete_steps, newest_step
 from torchtune.config.component import instantiate
 from torchtune.config.serialize import resolved, to_yaml
 from torchtune.distributed.process_group import broadcast_object, is_main
@@ -91,7 +91,6 @@ class RunFolder:
 
     def _named_checkpoint(self, path: Path) -> Path:
         if (path / "recipe_state").is_dir():
-            verify_step(path)
             return path
         steps = [f"step_{step}" for step in complete_steps(path if path.is_dir() else path.parent)]
         known = f"; complete ones there: {', '.join(steps)}" if steps else ""
