@@ -8,6 +8,7 @@ document, 9.5 ms by plain products over a group), so documents of similar, small
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,16 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@torch.compiler.disable
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
     """As `attend` in attention.py."""
-    out: Tensor = _DocumentAttention.apply(q, k, v, documents, scale, window)
+    out: Tensor = _apply(q, k, v, documents, scale, window)
     return out
+
+
+def hide_from_compiler() -> None:
+    """Let torch.compile leave this node as it is. Not at import, where it would cost a second of loading dynamo."""
+    global _apply
+    _apply = torch.compiler.disable(_DocumentAttention.apply)
 
 
 @dataclass(frozen=True)
@@ -190,3 +196,6 @@ def _single_backward(
     )
     dk, dv = (x[0].unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1) for x in (dk, dv))
     return dq[0].transpose(0, 1), dk, dv
+
+
+_apply: Callable[..., Tensor] = _DocumentAttention.apply

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchtune.modules.attention import Attention
 from torchtune.modules.documents import Documents
 from torchtune.modules.kv_cache import KVCache, LayerCache
-from torchtune.modules.linear import Linear
+from torchtune.modules.linear import Embedding, Linear
 from torchtune.modules.losses import IGNORE_INDEX, LinearCrossEntropy
 from torchtune.modules.norms import RMSNorm
 from torchtune.modules.rotary import RotaryAngles, RotaryEmbedding
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         max_positions: int | None = None,
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
+        self.embed_tokens = Embedding(vocab_size, hidden_size)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(hidden_size, eps)
         self.rotary = rotary

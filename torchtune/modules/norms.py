@@ -14,7 +14,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
+        if not self.weight.is_meta:
+            nn.init.ones_(self.weight)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from torchtune.modules.cpu_attention import hide_from_compiler
+
 
 def apply_compile(layers: nn.ModuleList) -> None:
     """Compile each layer in place; parameter names stay as they are.
 
     The token axis changes its length from batch to batch, so it is marked dynamic from the start.
     """
+    hide_from_compiler()
     for layer in layers:
         layer.compile(dynamic=True)
