@@ -20,9 +20,16 @@ from dataclasses import dataclass
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most likely meant, or None if none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The known name that `name` most likely meant, or None if none is near; `learning_rate` is near `lr`."""
+    names = list(known)
+    if matches := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
+        return matches[0]
+    return next((other for other in names if other == _initials(name) or name == _initials(other)), None)
+
+
+def _initials(name: str) -> str:
+    parts = name.split("_")
+    return "".join(part[:1] for part in parts) if len(parts) > 1 else ""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def save_training_state(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]
             on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
             save_file(on_cpu, target / f"{group}.safetensors")
     text = json.dumps(state, indent=1, ensure_ascii=False, allow_nan=False)
-    (target / STATE).write_text(text, encoding="utf-8")
+    (target / STATE).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def load_training_state(step_folder: Path) -> TrainingState:

@@ -11,8 +11,8 @@ def run(argv: list[str]) -> int:
     parser("ls", "List the recipes and configs that come with the package.").parse_args(argv)
     by_recipe = configs()
     for recipe in recipes().values():
-        print(f"{recipe.name:24} {recipe.summary}")
+        print(f"{recipe.name:42} {recipe.summary}")
         for config in by_recipe.values():
             if config.recipe == recipe.name:
-                print(f"  --config {config.name:13} {config.summary}")
+                print(f"  --config {config.name:31} {config.summary}")
     return 0

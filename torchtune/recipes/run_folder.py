@@ -124,7 +124,7 @@ class RunFolder:
             "# decided by this run: " + ", ".join(f"{key}={value}" for key, value in chosen.items()),
         ]
         beside = self.path / f".{CONFIG_FILE}.tmp"
-        beside.write_text("\n".join(header) + "\n" + to_yaml(params), encoding="utf-8")
+        beside.write_text("\n".join(header) + "\n" + to_yaml(params), encoding="utf-8", errors="surrogateescape")
         os.replace(beside, self.path / CONFIG_FILE)
 
     def open_loggers(self, params: FinetuneParams, *, at_step: int) -> MetricLoggers:

@@ -1,0 +1,92 @@
+"""TRL's SFTTrainer on the benchmark's rows; runs in an environment of its own and writes what it measured as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.step_ends: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """A step is done."""
+        self.step_ends.append(time.time())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """A step's loss is known."""
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def main() -> None:
+    """Train some steps and write step ends, real tokens of each batch, and losses."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--packing", action="store_true")
+    parser.add_argument("--by-length", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    options = parser.parse_args()
+    config = SFTConfig(
+        output_dir=str(options.out.parent / "trl-output"),
+        use_cpu=True,
+        bf16=options.bf16,
+        model_init_kwargs={"dtype": "float32"},
+        per_device_train_batch_size=options.batch_size,
+        max_steps=options.steps,
+        max_length=options.max_length,
+        packing=options.packing,
+        train_sampling_strategy="group_by_length" if options.by_length else "random",
+        gradient_checkpointing=options.gradient_checkpointing,
+        optim="adamw_torch_fused",
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=options.model,
+        args=config,
+        train_dataset=load_dataset("json", data_files=options.data, split="train"),
+        callbacks=[clock],
+    )
+    tokens: list[int] = []
+    trained: list[int] = []
+    collate = trainer.data_collator
+
+    def counting(features: Any) -> Any:
+        batch = collate(features)
+        mask = batch.get("attention_mask")
+        tokens.append(int(mask.sum()) if mask is not None else int(batch["input_ids"].numel()))
+        trained.append(int((batch["labels"][:, 1:] != -100).sum()))
+        return batch
+
+    trainer.data_collator = counting
+    trainer.train()
+    measured = {"step_ends": clock.step_ends, "tokens": tokens, "trained": trained, "losses": clock.losses}
+    options.out.write_text(json.dumps(measured), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
