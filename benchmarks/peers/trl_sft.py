@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--bf16", action="store_true")
@@ -50,6 +51,7 @@ def main() -> None:
         bf16=options.bf16,
         model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
         max_steps=options.steps,
         max_length=options.max_length,
         packing=options.packing,
@@ -84,6 +86,10 @@ def main() -> None:
 
     trainer.data_collator = counting
     trainer.train()
+    per_step = options.accumulation
+    tokens, trained = (
+        [sum(counts[i : i + per_step]) for i in range(0, len(counts), per_step)] for counts in (tokens, trained)
+    )
     measured = {"step_ends": clock.step_ends, "tokens": tokens, "trained": trained, "losses": clock.losses}
     options.out.write_text(json.dumps(measured), encoding="utf-8")
 

@@ -23,6 +23,8 @@ class Batch:
         input_ids: the tokens, int64 [T].
         labels: the token that position t must predict, int64 [T]; -100 where none is trained. Already
             shifted, within each document.
+        trained: the positions whose label is not -100, int64 [num_trained]; found on the host, where asking
+            costs no wait for a device.
         documents: where each document begins, and its positions.
         num_trained: labels that are not -100.
         num_tokens: tokens of the data; 0 for a dummy batch.
@@ -32,6 +34,7 @@ class Batch:
 
     input_ids: Tensor
     labels: Tensor
+    trained: Tensor
     documents: Documents
     num_trained: int
     num_tokens: int
@@ -46,6 +49,7 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
+            trained=self.trained.to(device, non_blocking=non_blocking),
             documents=self.documents.to(device),
         )
 
@@ -68,6 +72,7 @@ def collate(rows: Sequence[Sequence[Sample]]) -> Batch:
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
+        trained=torch.from_numpy(np.flatnonzero(labels != NOT_TRAINED)),
         documents=Documents.from_lengths(lengths),
         num_trained=int(np.count_nonzero(trained)),
         num_tokens=len(input_ids),
@@ -80,6 +85,7 @@ def _dummy_batch() -> Batch:
     return Batch(
         input_ids=torch.zeros(1, dtype=torch.int64),
         labels=torch.full((1,), NOT_TRAINED),
+        trained=torch.empty(0, dtype=torch.int64),
         documents=Documents.from_lengths([1]),
         num_trained=0,
         num_tokens=0,

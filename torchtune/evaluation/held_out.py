@@ -31,7 +31,8 @@ def held_out_loss(
     for micro_batches in steps:
         for batch in micro_batches:
             batch = batch.to(device)
-            total[0] += model(batch.input_ids, batch.documents, labels=batch.labels, loss=loss_fn).double()
+            loss = model(batch.input_ids, batch.documents, labels=batch.labels, trained=batch.trained, loss=loss_fn)
+            total[0] += loss.double()
             total[1] += batch.num_trained
     model.train(was_training)
     loss_sum, num_trained = sum_over_ranks(total).tolist()

@@ -111,6 +111,7 @@ class CausalLM(nn.Module):
         documents: Documents | None = None,
         *,
         labels: Tensor | None = None,
+        trained: Tensor | None = None,
         loss: LossFunction | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
@@ -119,6 +120,8 @@ class CausalLM(nn.Module):
         Args:
             input_ids: [T] with `documents`, or [B, S], which is B documents of S tokens.
             labels: like input_ids, the token that each position must predict; -100 where none is trained.
+            trained: [N], the places in the flat labels that are not -100, where they are known already:
+                finding them makes the host wait for the device.
             loss: (hidden [N, D], head weight [V, D], targets [N]) -> scalar sum; by default cross-entropy.
             cache: keys and values of what came before.
         Returns:
@@ -137,7 +140,8 @@ class CausalLM(nn.Module):
         if labels is None:
             return F.linear(hidden, self.head_weight.to(hidden.dtype)).view(*shape, -1)
         labels = labels.reshape(-1)
-        trained = (labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
+        if trained is None:
+            trained = (labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
         # With no trained token the loss is a zero that still leads to every parameter: a rank without
         # work takes part in the others' collectives.
         return (loss or LinearCrossEntropy())(hidden[trained], self.head_weight, labels[trained])

@@ -104,6 +104,14 @@ def count_steps(params: FinetuneParams, loader: DataLoader) -> int | None:
     return min(total, params.max_steps or total)
 
 
+def progress(step: int, total_steps: int | None, loader: DataLoader, total_epochs: int) -> float:
+    """How far the run is once `step` is made: in steps where their number is known, else in rows."""
+    if total_steps:
+        return step / total_steps
+    rows_done = loader.sampler.epoch * loader.num_rows + loader.rows_consumed
+    return rows_done / (loader.num_rows * total_epochs)
+
+
 def optimizer_options(params: FinetuneParams, num_parameters: int) -> dict[str, Any]:
     """The optimizer's component with what is left open filled in: AdamW's rate, decay and fused kernel."""
     options = dict(params.optimizer)

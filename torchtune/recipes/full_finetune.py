@@ -34,7 +34,6 @@ from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.data.batch import Batch
 from torchtune.data.loader import DataLoader
-from torchtune.data.prepare import Prepared
 from torchtune.data.sampler import RowSampler
 from torchtune.distributed.gradients import sum_gradients
 from torchtune.distributed.process_group import (
@@ -52,9 +51,9 @@ from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes import choices
 from torchtune.recipes.checks import check_finetune
-from torchtune.recipes.finetune_data import prepare_data
+from torchtune.recipes.finetune_data import deal, prepare_data
 from torchtune.recipes.params import FinetuneParams
-from torchtune.recipes.run_folder import RunFolder, comparable, warn_of_changes
+from torchtune.recipes.run_folder import RunFolder, comparable, save_is_due, warn_of_changes
 from torchtune.tokenizers.tokenizer import Tokenizer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 from torchtune.training.compiling import apply_compile
@@ -106,8 +105,7 @@ class FullFinetuneRecipe:
         self.best = BestLoss()
         self._open = ExitStack()  # what setup opens; closed by cleanup, or when setup or train raises
 
-    # ---------------------------------------------------------------------------------------------------
-    # Setup. What is cheap to refuse comes first; weights are read once everything else is proven.
+    # Setup: what is cheap to refuse comes first; weights are read once everything else is proven.
 
     def setup(self, params: FullFinetuneParams) -> None:
         """Open the checkpoint, prove the data, build and load the model and all that training needs."""
@@ -163,36 +161,12 @@ class FullFinetuneRecipe:
         data = prepare_data(
             params, self._checkpoint, self._tokenizer, max_seq_len=limit, seed=self.seed, now=self.started
         )
-        self._batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=world_size())
         say(str(data.train.report))
-        for token in self._checkpoint.add_stop_ids(
-            data.train.report.end_ids & set(self._tokenizer.added_tokens.values())
-        ):
-            say(
-                f"generation_config: '{self._tokenizer.id_to_token(token)}' ends a trained turn and is added to what stops"
-            )
-
-        def loader(source: Prepared, sampler: RowSampler) -> DataLoader:
-            dealt = DataLoader(
-                source,
-                sampler,
-                batch_size=self._batching.batch_size,
-                gradient_accumulation_steps=self._batching.gradient_accumulation_steps,
-                max_seq_len=self._batching.max_seq_len,
-                packed=params.packed,
-                seed=self.seed,
-                rank=rank(),
-                world_size=world_size(),
-                num_workers=params.num_workers,
-            )
-            return self._open.enter_context(dealt)
-
-        self._eval_dataloader = None
-        if data.held_out is not None:
-            in_order = RowSampler(data.held_out.num_rows, seed=self.seed, shuffle=False)
-            self._eval_dataloader = loader(data.held_out, in_order)
-        sampler = RowSampler(data.train.num_rows, seed=self.seed, shuffle=params.shuffle)
-        return sampler, loader(data.train, sampler)
+        self._batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=world_size())
+        sampler, dataloader, self._eval_dataloader = deal(
+            data, params, self._batching, seed=self.seed, until=self._open
+        )
+        return sampler, dataloader
 
     def _setup_model(self, params: FullFinetuneParams, ckpt_dict: dict[str, Any]) -> CausalLM:
         """Build on the meta device, transform, and only then read weights."""
@@ -252,11 +226,9 @@ class FullFinetuneRecipe:
         self._open.callback(self.metric_loggers.close)
         profiling = choices.profiler_options(params, self._output.path)
         self._profiler = self._open.enter_context(setup_torch_profiler(**profiling))
-        self._guard = FiniteGuard()
+        # fp16's loss scale makes gradients overflow on purpose; such a step is skipped, not wrong.
+        self._guard = FiniteGuard(checks_gradients=not self._grad_scaler.is_enabled())
         self._timer = StepTimer()
-
-    # ---------------------------------------------------------------------------------------------------
-    # Training.
 
     def train(self) -> None:
         """Run what is left of the epochs: forward, backward, step; log, evaluate and save in between.
@@ -277,7 +249,9 @@ class FullFinetuneRecipe:
                 self._dataloader.set_epoch(curr_epoch)  # and the sampler's
                 for micro_batches in self._steps_of_epoch(curr_epoch):
                     step = self.total_training_steps + 1
-                    lr = self._lr_schedule.set_lr(step, self._progress_after(step))
+                    lr = self._lr_schedule.set_lr(
+                        step, choices.progress(step, self._total_steps, self._dataloader, self.total_epochs)
+                    )
                     # Every trained token of the step weighs the same, on whichever rank or micro-batch it
                     # lies; a mean per micro-batch would favour the short ones.
                     counts = [[batch.num_trained, batch.num_tokens] for batch in micro_batches]
@@ -289,14 +263,20 @@ class FullFinetuneRecipe:
                         with self._autocast:
                             # The head runs inside the model, over trained positions alone.
                             loss = self._model(
-                                batch.input_ids, batch.documents, labels=batch.labels, loss=self._loss_fn
+                                batch.input_ids,
+                                batch.documents,
+                                labels=batch.labels,
+                                trained=batch.trained,
+                                loss=self._loss_fn,
                             )
                         self._grad_scaler.scale(loss / num_trained).backward()
                         losses.append(loss.detach())
                     sum_gradients(self._model.parameters())
                     self._grad_scaler.unscale_(self._optimizer)
                     grad_norm = gradient_norm(self._model.parameters())
-                    self._guard_step(step, losses, grad_norm, [batch.sources for batch in micro_batches])
+                    self._guard.add(step, losses, grad_norm, [batch.sources for batch in micro_batches])
+                    if self._device.type == "cpu" or step % self._log_every_n_steps == 0:
+                        self._guard.check(self._model)  # elsewhere the host would wait for the device
                     clip_gradients(self._model.parameters(), self._params.clip_grad_norm, grad_norm)
                     self._grad_scaler.step(self._optimizer)
                     self._grad_scaler.update()
@@ -311,40 +291,21 @@ class FullFinetuneRecipe:
                     metrics |= {"trained_tokens": num_trained, "tokens": num_tokens}
                     if self._after_step(curr_epoch, metrics):
                         return
+            if not self._output.has_saved(self.total_training_steps) and self._params.save_last:
+                self.save_checkpoint(epoch=self.epochs_run - 1)  # the data ended in rows that are not trained on
 
     def _steps_of_epoch(self, epoch: int) -> Iterator[list[Batch]]:
-        """The epoch's steps, until `_after_step` declares it done."""
-        for micro_batches in self._save_before_data_error():
-            yield micro_batches
-            if self.epochs_run > epoch:
-                break
-        self.epochs_run, self.steps_in_epoch = epoch + 1, 0
-
-    def _save_before_data_error(self) -> Iterator[list[Batch]]:
+        """The epoch's steps, until `_after_step` declares it done. A row that can't be trained on ends the run, saved."""
         try:
-            yield from self._dataloader
+            for micro_batches in self._dataloader:
+                yield micro_batches
+                if self.epochs_run > epoch:
+                    break
         except DataError:
             if self.total_training_steps:
-                self.save_checkpoint(epoch=self._sampler.epoch)
+                self.save_checkpoint(epoch=epoch)
             raise
-
-    def _progress_after(self, step: int) -> float:
-        """How far the run is once `step` is made: in steps where their number is known, else in rows."""
-        if self._total_steps:
-            return step / self._total_steps
-        num_rows = self._dataloader.num_rows
-        done = self._sampler.epoch * num_rows + self._dataloader.rows_consumed
-        return done / (num_rows * self.total_epochs)
-
-    def _guard_step(
-        self, step: int, losses: list[torch.Tensor], grad_norm: torch.Tensor, rows: list[tuple[str, ...]]
-    ) -> None:
-        """Have the step checked before it is taken, unless that would make the host wait for the device."""
-        # fp16's loss scale makes gradients overflow on purpose; such a step is skipped, not wrong.
-        scaled = self._grad_scaler.is_enabled()
-        self._guard.add(step, losses, torch.zeros_like(grad_norm) if scaled else grad_norm, rows)
-        if self._device.type == "cpu" or step % self._log_every_n_steps == 0:
-            self._guard.check(self._model)
+        self.epochs_run, self.steps_in_epoch = epoch + 1, 0
 
     def _after_step(self, epoch: int, metrics: dict[str, Any]) -> bool:
         """Evaluate, log and save where that is due. Returns whether the run is over.
@@ -374,8 +335,11 @@ class FullFinetuneRecipe:
         if epoch_ends:
             self.epochs_run, self.steps_in_epoch = epoch + 1, 0
         with self._timer.paused():
+            # Clocks and signals differ between ranks, so they agree.
             stop = any_rank(self._signals.stop_requested is not None, self._device)
-            if stop or is_best or self._save_is_due(epoch_ends=epoch_ends, run_ends=run_ends):
+            asked = self._signals.take_save_request() or self._output.save_is_overdue(params.save_every_minutes)
+            due = save_is_due(params, step, epoch_ends=epoch_ends, run_ends=run_ends) or any_rank(asked, self._device)
+            if stop or is_best or due:
                 folder = self.save_checkpoint(epoch=epoch)
                 if is_best and is_main():
                     mark_best(self._output.path, step)
@@ -385,17 +349,6 @@ class FullFinetuneRecipe:
                 f"stopped after step {step}, saved in {folder}; resume_from_checkpoint=true goes on from there",
             )
         return run_ends
-
-    def _save_is_due(self, *, epoch_ends: bool, run_ends: bool) -> bool:
-        params, step = self._params, self.total_training_steps
-        planned = (
-            (run_ends and params.save_last)
-            or (epoch_ends and params.save_every_epoch)
-            or (params.save_every_n_steps is not None and step % params.save_every_n_steps == 0)
-        )
-        # Clocks and signals differ between ranks, so they agree.
-        asked = self._signals.take_save_request() or self._output.save_is_overdue(params.save_every_minutes)
-        return any_rank(asked, self._device) or planned
 
     def evaluate(self) -> float:
         """The mean loss over all trained tokens of the held-out data."""

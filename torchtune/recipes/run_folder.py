@@ -68,6 +68,7 @@ class RunFolder:
         self.path = Path(str(broadcast_object(params.output_dir or default)))
         self.recipe = recipe
         self._last_save = time.monotonic()
+        self._saved_step: int | None = None
         self.resume_from = self._resume_from(params.resume_from_checkpoint)
         if self.resume_from is None:
             self._refuse_to_overwrite(params.resume_from_checkpoint)
@@ -145,12 +146,23 @@ class RunFolder:
 
     def saved(self, step: int) -> Path:
         """Note that a step has been saved just now; returns its folder."""
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_step = time.monotonic(), step
         return self.path / f"step_{step}"
+
+    def has_saved(self, step: int) -> bool:
+        """Whether this step's checkpoint is there, saved by this process or resumed from."""
+        return step == self._saved_step or (self.resume_from or Path()).name == f"step_{step}"
 
     def save_is_overdue(self, minutes: float | None) -> bool:
         """Whether the last save, or the start, lies longer back than `minutes`."""
         return minutes is not None and time.monotonic() - self._last_save > 60 * minutes
+
+
+def save_is_due(params: FinetuneParams, step: int, *, epoch_ends: bool, run_ends: bool) -> bool:
+    """Whether the params plan a checkpoint at this step; the clock and signals are another matter."""
+    every = params.save_every_n_steps
+    at_an_end = (run_ends and params.save_last) or (epoch_ends and params.save_every_epoch)
+    return at_an_end or (every is not None and step % every == 0)
 
 
 def comparable(params: FinetuneParams) -> dict[str, Any]:

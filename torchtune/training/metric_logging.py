@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,7 +129,7 @@ class WandBLogger:
             raise MissingDependencyError("wandb", extra="wandb", needed_for="WandBLogger") from error
         folder = Path(log_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        rest.setdefault("id", _kept_run_id(folder, "wandb", lambda: wandb.util.generate_id()))
+        rest.setdefault("id", _kept_run_id(folder, "wandb", lambda: secrets.token_hex(4)))
         rest.setdefault("resume", "allow")
         self._run = wandb.init(project=project, entity=entity, group=group, dir=str(folder), **rest)
 
@@ -170,7 +171,7 @@ class MLflowLogger:
         try:
             from mlflow.tracking import MlflowClient
         except ImportError as error:
-            raise MissingDependencyError("mlflow-skinny", extra="mlflow", needed_for="MLflowLogger") from error
+            raise MissingDependencyError("mlflow", extra="mlflow", needed_for="MLflowLogger") from error
         self._client = MlflowClient(tracking_uri=tracking_uri)
         found = self._client.get_experiment_by_name(experiment_name)
         experiment = found.experiment_id if found else self._client.create_experiment(experiment_name)

@@ -1,0 +1,129 @@
+"""The hand-written autograd functions against plain autograd."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from torchtune.modules.attention import attend
+from torchtune.modules.documents import Documents
+from torchtune.modules.losses import LinearCrossEntropy
+from torchtune.modules.norms import RMSNorm
+
+
+def plain_attention(q, k, v, documents, scale, window):
+    """Each document by explicit products and a mask."""
+    group = q.shape[1] // k.shape[1]
+    parts = []
+    for start, end in documents.bounds:
+        queries = q[start:end].transpose(0, 1)
+        keys = k[start:end].repeat_interleave(group, 1).transpose(0, 1)
+        values = v[start:end].repeat_interleave(group, 1).transpose(0, 1)
+        place = torch.arange(end - start)
+        hidden = place[None] > place[:, None]
+        if window is not None:
+            hidden |= place[None] <= place[:, None] - window
+        weights = (queries @ keys.transpose(1, 2) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        parts.append((weights @ values).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def leaves(num_tokens, num_heads, num_kv_heads, dtype, head_dim=8):
+    torch.manual_seed(0)
+    shapes = [(num_tokens, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+# Lengths below, at and above the group steps of 32 and the group limit of 128.
+LENGTHS = [3, 1, 31, 32, 33, 64, 127, 128, 129, 200]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_float64(num_kv_heads, window):
+    """Values and gradients of q, k and v, grouped heads and windows."""
+    documents = Documents.from_lengths(LENGTHS)
+    ours = leaves(documents.num_tokens, 4, num_kv_heads, torch.float64)
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    out = attend(*ours, documents, scale=0.3, window=window)
+    expected = plain_attention(*theirs, documents, 0.3, window)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_grouped_attention_in_half_precision(dtype, num_kv_heads):
+    """Short documents go through plain products in groups: within a few roundings of float64 from the same inputs."""
+    documents = Documents.from_lengths(LENGTHS)
+    ours = leaves(documents.num_tokens, 3, num_kv_heads, dtype)
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    out = attend(*ours, documents, scale=0.3)
+    expected = plain_attention(*theirs, documents, 0.3, None)
+    grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.double())
+    steps = 4 * torch.finfo(dtype).eps  # of the largest value: rounding of weights, products and sums
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=steps * expected.abs().max().item())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=steps * other.grad.abs().max().item())
+
+
+def test_a_document_is_unchanged_by_its_neighbours():
+    """Packing must be invisible, in a group of short documents too."""
+    q, k, v = leaves(60, 4, 2, torch.bfloat16)
+    packed = attend(q, k, v, Documents.from_lengths([20, 7, 33]), scale=0.3)
+    changed = [tensor.detach().clone() for tensor in (q, k, v)]
+    for tensor in changed:
+        tensor[:20] = 7.0
+        tensor[27:] = -7.0
+    assert torch.equal(attend(*changed, Documents.from_lengths([20, 7, 33]), scale=0.3)[20:27], packed[20:27])
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 64])
+def test_linear_cross_entropy_in_float64(num_rows):
+    """The sum and both gradients, in chunks, equal plain cross-entropy."""
+    torch.manual_seed(0)
+    hidden = torch.randn(num_rows, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (num_rows,))
+    loss = LinearCrossEntropy(chunk_size=7)(hidden, weight, targets)
+    (loss / 3).backward()
+    other_hidden, other_weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    expected = F.cross_entropy(other_hidden @ other_weight.T, targets, reduction="sum")
+    (expected / 3).backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(hidden.grad, other_hidden.grad)
+    if num_rows:
+        torch.testing.assert_close(weight.grad, other_weight.grad)
+
+
+def test_linear_cross_entropy_of_a_frozen_head():
+    """No gradient of the weight is made, that of the hidden states is the same; evaluation makes none at all."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(11, 6)
+    targets = torch.randint(0, 11, (5,))
+    LinearCrossEntropy()(hidden, weight, targets).backward()
+    expected = hidden.detach().requires_grad_()
+    F.cross_entropy(expected @ weight.T, targets, reduction="sum").backward()
+    torch.testing.assert_close(hidden.grad, expected.grad)
+    with torch.no_grad():
+        assert not LinearCrossEntropy()(hidden, weight, targets).requires_grad
+
+
+def test_rms_norm_gradients():
+    """Checked numerically in float64, and against torch's in value."""
+    torch.manual_seed(0)
+    norm = RMSNorm(6, 1e-5).double()
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    x = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (6,), norm.weight, 1e-5))
+
+    def by_weight(value, weight):
+        norm.weight.data.copy_(weight.detach())
+        return torch.func.functional_call(norm, {"weight": weight}, (value,))
+
+    assert torch.autograd.gradcheck(by_weight, (x, norm.weight.detach().clone().requires_grad_()))
