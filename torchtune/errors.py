@@ -22,6 +22,8 @@ from dataclasses import dataclass
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` most likely meant, or None if none is near; `learning_rate` is near `lr`."""
     names = list(known)
+    if same := [other for other in names if other.lower() == name.lower()]:
+        return same[0]
     if matches := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
         return matches[0]
     return next((other for other in names if other == _initials(name) or name == _initials(other)), None)

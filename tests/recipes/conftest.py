@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory):
 def train(checkpoint, tmp_path):
     """Run full_finetune with these keys over the defaults of a small test; returns the recipe and its metrics."""
 
-    def run(**keys):
+    def run(recipe_class=FullFinetuneRecipe, **keys):
         values = {
             "model_checkpoint": str(checkpoint),
             "dataset": {"path": str(ROWS)},
@@ -33,7 +33,7 @@ def train(checkpoint, tmp_path):
             "save_last": False,
         }
         params = FullFinetuneParams(**(values | keys))
-        recipe = FullFinetuneRecipe(params=params)
+        recipe = recipe_class(params=params)
         recipe.setup(params=params)
         recipe.train()
         recipe.cleanup()

@@ -153,7 +153,7 @@ def test_half_precision_follows_fp32(train, tmp_path, dtype, tolerance):
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     """The step and the rows are named, and the checkpoint before it stands."""
     out = tmp_path / "nan"
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is .*common_rows24.jsonl:\d+"):
+    with pytest.raises(TrainingError, match=r"step \d+: the summed loss is .*common_rows24.jsonl:\d+"):
         train(
             optimizer={"_component_": "torch.optim.SGD", "lr": 1e12},
             clip_grad_norm=None,

@@ -76,7 +76,7 @@ def _diagnosis(step: _Pending, losses: list[float], norm: float, model: nn.Modul
         (name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())), None
     )
     return (
-        f"step {step.step}: the loss is {sum(losses)} and the gradient norm {norm}; the run stops here and this step "
+        f"step {step.step}: the summed loss is {sum(losses)} and the gradient norm {norm}; the run stops here and this step "
         f"is not kept. Rows: {', '.join(named[:MAX_ROWS_NAMED])}{more}."
         + (f" First parameter with such a gradient: {parameter}." if parameter else "")
         + " Lower optimizer.lr, lengthen the warm-up, or use dtype=fp32; resume_from_checkpoint=true goes on from "
