@@ -4,9 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.models.auto import AutoModelForCausalLM
 
 from tests.recipes.conftest import ROWS, metrics_of
 from tests.recipes.test_kill_and_resume import finish
+from tests.tiny_checkpoint import save_tiny_checkpoint
 
 SGD = ("optimizer=torch.optim.SGD", "optimizer.lr=0.1")
 
@@ -65,3 +69,69 @@ def test_a_mistake_is_told_once_before_ranks_start(checkpoint, tmp_path):
     done = finish(command(checkpoint, tmp_path / "out", "epoch=3", ranks=2))
     assert done.returncode == 2
     assert done.stderr.count("did you mean 'epochs'?") == 1
+
+
+FAILING_RECIPE = """
+import resource
+from torchtune.distributed.process_group import rank
+from torchtune.recipes import full_finetune
+from torchtune.recipes.full_finetune import FullFinetuneParams, FullFinetuneRecipe, check
+
+
+class Failing(FullFinetuneRecipe):
+    def _after_step(self, epoch, metrics):
+        if self.total_training_steps == 2:
+            {failure}
+        return super()._after_step(epoch, metrics)
+
+
+def main():
+    full_finetune.FullFinetuneRecipe = Failing
+    full_finetune.main()
+"""
+RAISES = "if rank() == 1: raise RuntimeError('rank one broke')"
+FULL_DISK = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("failure", "said"), [(RAISES, "rank one broke"), (FULL_DISK, "File too large")], ids=["raises", "full-disk"]
+)
+def test_case_c106_a_failing_rank_ends_all(checkpoint, tmp_path, failure, said):
+    """In far under a minute, the failing rank's message first; the checkpoint of the step before stands."""
+    recipe = tmp_path / "failing.py"
+    recipe.write_text(FAILING_RECIPE.format(failure=failure))
+    arguments = command(checkpoint, tmp_path / "out", "save_every_n_steps=1", ranks=2)
+    done = finish([str(recipe) if argument == "full_finetune" else argument for argument in arguments])
+    assert done.returncode == 1, done.stderr
+    assert said in done.stderr
+    others = done.stderr.find("Connection closed")
+    assert others == -1 or done.stderr.index(said) < others
+    assert [folder.name for folder in (tmp_path / "out").glob("step_*")] == ["step_1"]
+    assert not list((tmp_path / "out").glob(".step_*"))
+
+
+@pytest.mark.timeout(120)
+def test_a_bad_row_is_told_once(checkpoint, tmp_path):
+    """Every rank reads it; one of them says so."""
+    arguments = command(checkpoint, tmp_path / "out", ranks=2)
+    done = finish([a.replace(str(ROWS), str(ROWS.parent / "C006a.jsonl")) for a in arguments])
+    assert done.returncode == 1
+    assert done.stderr.count("C006a.jsonl:3") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_case_c058_c061_two_ranks_save_what_the_source_held(tmp_path, dtype):
+    """Names, dtypes and the tied head of the base, and the logits that transformers computes from them."""
+    source = save_tiny_checkpoint(tmp_path / "source", dtype=dtype)
+    out = tmp_path / "out"
+    done = finish(command(source, out, "max_steps=2", ranks=2))
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out / "step_2"))
+    assert {name: tensor.dtype for name, tensor in after.items()} == {n: t.dtype for n, t in before.items()}
+    model, info = AutoModelForCausalLM.from_pretrained(out / "step_2", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,9 +1,11 @@
-"""Loading a recipe's module, and running its `main` as if it were the program."""
+"""Loading a recipe's module, and running it as the program."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
+import runpy
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -29,18 +31,35 @@ def load_module(recipe: Entry) -> ModuleType:
 
 
 def run_main(recipe: Entry, arguments: Sequence[str]) -> int:
-    """Call the recipe's `main` with these arguments; a number that it returns is the exit code.
+    """Call the recipe's `main` with these arguments; a file without one is run as a script.
 
-    Raises:
-        ConfigError: the file has no `main`.
+    Returns:
+        The exit code: a number that `main` returns, else 0.
     """
-    module = load_module(recipe)
-    if not callable(getattr(module, "main", None)):
-        raise ConfigError(f"{recipe.path} has no function main()", where="command line", key="recipe")
     before = sys.argv
     sys.argv = [str(recipe.path), *arguments]
     try:
-        result = module.main()
+        if not defines_main(recipe):
+            runpy.run_path(str(recipe.path), run_name="__main__")
+            return 0
+        result = load_module(recipe).main()
     finally:
         sys.argv = before
     return result if isinstance(result, int) else 0
+
+
+def defines_main(recipe: Entry) -> bool:
+    """Whether the file has a `main`; it is read and not run, since a script does its work when it is loaded."""
+    try:
+        tree = ast.parse(recipe.path.read_bytes(), filename=str(recipe.path))
+    except SyntaxError as error:
+        raise ConfigError(f"{recipe.path}:{error.lineno}: {error.msg}", where="command line", key="recipe") from error
+    bound: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            bound.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            bound.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    return "main" in bound

@@ -6,10 +6,13 @@ validated first, then torch's elastic agent starts the processes.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from argparse import Namespace
 
 from torchtune.cli.find import find_recipe
-from torchtune.cli.load import run_main
+from torchtune.cli.load import defines_main, run_main
 from torchtune.errors import ConfigError
 from torchtune.recipes.registry import Entry
 
@@ -39,7 +42,7 @@ def _launch(argv: list[str]) -> int:
     parser = get_args_parser()
     options = parser.parse_args(argv)
     recipe = find_recipe(options.training_script)
-    if not {"-h", "--help"} & set(options.training_script_args):
+    if not {"-h", "--help"} & set(options.training_script_args) and defines_main(recipe):
         from torchtune.cli.validate import validate
 
         validate(recipe, options.training_script_args)
@@ -48,14 +51,18 @@ def _launch(argv: list[str]) -> int:
     return _run_agent(options, recipe)
 
 
-def _run_agent(options: object, recipe: Entry) -> int:
+def _run_agent(options: Namespace, recipe: Entry) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import run as run_elastic
 
-    options.training_script = "torchtune.cli.tune"  # type: ignore[attr-defined]
-    options.module = True  # type: ignore[attr-defined]
-    arguments = options.training_script_args  # type: ignore[attr-defined]
-    options.training_script_args = ["run", _name(recipe), *arguments]  # type: ignore[attr-defined]
+    options.training_script_args = ["run", _name(recipe), *options.training_script_args]
+    options.training_script, options.module = "torchtune.cli.tune", True
+    if str(options.nproc_per_node).isdecimal():
+        # torch would give each process one thread; the cores are there to be shared.
+        threads = max((os.cpu_count() or 1) // int(options.nproc_per_node), 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The failing rank has said what is wrong; the agent's own report would bury it.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         run_elastic(options)
     except ChildFailedError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 
 from torchtune import __version__
@@ -19,6 +21,7 @@ VERBS = {
     "validate": "check a run's options without reading a weight",
     "download": "fetch a checkpoint from the hub",
 }
+SECONDS_FOR_RANK_0 = 3.0
 USAGE = """\
 usage: tune VERB ...
 
@@ -61,6 +64,9 @@ def parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 
 def _complain(text: str, code: int) -> int:
+    if int(os.environ.get("RANK", 0)):
+        # What is wrong for all ranks is told once, by rank 0: its end ends this process while it waits here.
+        time.sleep(SECONDS_FOR_RANK_0)
     # Whatever the terminal's encoding lacks is escaped: an error about a name must not fail on it.
     encoding = sys.stderr.encoding or "ascii"
     sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -57,13 +57,10 @@ def _recipe_and_arguments(argv: list[str]) -> tuple[Entry, list[str]]:
 
 
 def _params_class(module: ModuleType, recipe: Entry) -> type:
-    """The one class of params that the module defines itself."""
-    own = [
-        value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and name.endswith("Params") and value.__module__ == module.__name__
-    ]
-    if len(own) != 1:
-        raise ConfigError(f"{recipe.path} defines {len(own)} classes called ...Params; one is needed", key="recipe")
-    found: Any = own[0]
-    return found
+    """The class of params that the module defines, or, where it defines none, the one that it imports."""
+    classes = {v for name, v in vars(module).items() if isinstance(v, type) and name.endswith("Params")}
+    found = [cls for cls in classes if cls.__module__ == module.__name__] or list(classes)
+    if len(found) != 1:
+        names = ", ".join(sorted(cls.__name__ for cls in found)) or "none"
+        raise ConfigError(f"{recipe.path} has no single class called ...Params (it has {names})", key="recipe")
+    return found[0]
