@@ -41,6 +41,12 @@ def test_written_found_verified_pruned(tmp_path):
     assert complete_steps(tmp_path) == [2, 40]
 
 
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    """A server of another user reads them where the umask lets it."""
+    step = write_step(tmp_path, 1, lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors"))
+    assert {file.stat().st_mode & 0o777 for file in step.iterdir()} == {step.stat().st_mode & 0o666}
+
+
 @pytest.mark.parametrize("harm", ["missing", "cut", "changed"])
 def test_a_damaged_checkpoint_is_told_by_file(tmp_path, harm):
     """Missing or cut files make it incomplete; a changed byte is found by its checksum."""

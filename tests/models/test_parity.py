@@ -1,5 +1,8 @@
 """Every family against transformers: logits and gradients in fp32, packed and cached forms against the plain one."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -60,6 +63,13 @@ CASES = {
         attention_bias=True,
     ),
 }
+
+REPORTED = Path(__file__).parent.parent / "cases"
+CASES |= {
+    f"c069-{name}": Qwen2Config(**config)
+    for name, config in json.loads((REPORTED / "C069_configs.json").read_text()).items()
+}
+CASES["c070"] = LlamaConfig(**json.loads((REPORTED / "C070_config.json").read_text()))
 
 
 def pair(config, dtype=torch.float32):

@@ -192,9 +192,25 @@ def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None) 
     checkpoint = _open_gguf(str(source), path) if path.is_file() else _open_folder(str(source), path)
     _check_config(checkpoint)
     if tokenizer is not None:
-        replacement = resolve(str(tokenizer))
-        checkpoint.files = _text_files(replacement if replacement.is_dir() else replacement.parent)
+        checkpoint.files = open_tokenizer_files(tokenizer)
     return checkpoint
+
+
+def open_tokenizer_files(source: str | Path) -> dict[str, bytes]:
+    """The text files of a tokenizer and its template, by their names in a checkpoint's folder.
+
+    Args:
+        source: a folder or hub id, or a tokenizer.json of any name, whose other files lie beside it.
+    Raises:
+        CheckpointError: there is no such place, or no tokenizer in it.
+    """
+    path = resolve(str(source))
+    files = _text_files(path if path.is_dir() else path.parent)
+    if path.is_file():
+        files["tokenizer.json"] = path.read_bytes()
+    if "tokenizer.json" not in files:
+        raise CheckpointError("has no tokenizer.json", path=path)
+    return files
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:

@@ -117,7 +117,9 @@ def mark_best(output_dir: Path, step: int) -> None:
 def _seal(folder: Path) -> None:
     """Flush every file, check that each is readable, and write the manifest last."""
     files = sorted(entry for entry in folder.rglob("*") if entry.is_file())
+    readers = folder.stat().st_mode & 0o666  # safetensors makes files that their owner alone can read
     for file in files:
+        file.chmod(readers)
         _flush(file)
         if file.suffix == ".safetensors":
             read_safetensors_header(file)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchtune.checkpoint.open import open_checkpoint
+from torchtune.checkpoint.open import open_checkpoint, open_tokenizer_files
 from torchtune.errors import ConfigError, Problem, TuneError, did_you_mean
 from torchtune.models.build import build_model
 from torchtune.recipes.params import FinetuneParams
@@ -41,7 +41,11 @@ def check_finetune(params: FinetuneParams, recipe: str) -> None:
         options = getattr(params, key)
         if options is not None:
             attempt(key, partial(_check_paths, options.path, key))
-    attempt("model_checkpoint", lambda: _check_checkpoint(params))
+    num_before = len(problems)
+    if params.tokenizer is not None:
+        attempt("tokenizer", partial(open_tokenizer_files, params.tokenizer))
+    if len(problems) == num_before:  # else one mistake would be told twice
+        attempt("model_checkpoint", lambda: _check_checkpoint(params))
     if problems:
         raise ConfigError(problems)
 

@@ -238,6 +238,9 @@ class FullFinetuneRecipe:
             StoppedBySignal: SIGTERM or Ctrl-C; the run is saved.
             DataError: a row that was too far back to be checked before; the run is saved.
         """
+        if self._total_steps is not None and self.total_training_steps >= self._total_steps:
+            say(f"step {self.total_training_steps} of {self._total_steps} is done: there is nothing left to train")
+            return
         with (
             self._closing_on_error(),
             StopSignals() as self._signals,
