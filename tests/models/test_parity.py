@@ -129,7 +129,7 @@ def test_cached_decoding_equals_the_full_forward(name):
         pytest.skip("their frequencies change as a document grows; cached keys keep those of their time")
     ours, _ = pair(CASES[name], torch.float64)
     one, two = torch.randint(0, 97, (12,)), torch.randint(0, 97, (9,))
-    cache = KVCache.empty(3, 2)
+    cache = KVCache.empty(len(ours.model.layers), 2)
     got_one, got_two, seen = [], [], [0, 0]
     for new in ([5, 2], [1, 1], [3, 4], [1, 1], [2, 1]):
         ids = torch.cat([one[seen[0] : seen[0] + new[0]], two[seen[1] : seen[1] + new[1]]])
