@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--trl-batch-size", type=int, default=8)
+    parser.add_argument("--trl-accumulation", type=int, default=1)
     parser.add_argument("--trl-options", nargs="*", default=[], help="e.g. packing by-length gradient-checkpointing")
     parser.add_argument("--name", default="sft-cpu")
     options = parser.parse_args()
@@ -124,6 +125,7 @@ def run_trl(out: Path, model: Path, data: Path, options: argparse.Namespace, dty
     """TRL in its own environment."""
     command = [options.trl_python, str(HERE / "peers" / "trl_sft.py"), "--model", str(model), "--data", str(data)]
     command += ["--out", str(out), "--steps", str(options.steps), "--batch-size", str(options.trl_batch_size)]
+    command += ["--accumulation", str(options.trl_accumulation)]
     command += ["--bf16"] if dtype == torch.bfloat16 else []
     command += [f"--{name}" for name in options.trl_options]
     start = time.time()

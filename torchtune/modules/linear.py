@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """torch's linear layer; the weight is cast to the input's type on the way, its gradient comes back in its own."""
+    """torch's linear layer; the weight is cast to the input's type on the way, its gradient comes back in its own.
+
+    The cast weight is not kept for the backward pass but made again there: a copy of all weights is more than
+    the time of a cast is worth.
+    """
 
     def reset_parameters(self) -> None:
         """Draw fresh weights; on the meta device there are none, and asking for them loads half of torch."""
@@ -16,7 +23,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight, bias)
+        output: Tensor = _CastLinear.apply(x, self.weight)
+        return output if bias is None else output + bias
 
 
 class Embedding(nn.Embedding):
@@ -26,3 +36,22 @@ class Embedding(nn.Embedding):
         """As `Linear.reset_parameters`."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+class _CastLinear(torch.autograd.Function):
+    """x @ weight.T in x's type: x [..., in], weight [out, in] -> [..., out]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight.to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight
