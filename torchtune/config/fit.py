@@ -39,7 +39,7 @@ def _fit_value(kind: Type, settings: Settings, path: KeyPath, root: type, key: K
         _fit_component(settings, path, key)
     elif nested is not None and (isinstance(value, dict) or _stands_for(kind, value)):
         if not isinstance(value, dict):
-            _spell_out(settings, path, shorthand(nested) or "")
+            _spell_out(settings, path, shorthand(nested, value) or "")
         yield from _fit_mapping(nested, settings, path, root)
     elif isinstance(value, list) and (item := kind.item((list, tuple, set))):
         for index in range(len(value)):
@@ -54,7 +54,7 @@ def _fit_value(kind: Type, settings: Settings, path: KeyPath, root: type, key: K
 def _stands_for(kind: Type, value: Any) -> bool:
     """Whether a value that is no mapping is the shorthand of the mapping wanted here."""
     assert kind.nested is not None
-    return shorthand(kind.nested) is not None and value is not None and not _is_of(kind, value)
+    return shorthand(kind.nested, value) is not None and value is not None and not _is_of(kind, value)
 
 
 def _is_of(kind: Type, value: Any) -> bool:

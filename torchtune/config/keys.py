@@ -138,8 +138,10 @@ def is_params_class(annotation: Any) -> bool:
     return isinstance(annotation, type) and hasattr(annotation, "__pydantic_fields__")
 
 
-def shorthand(cls: type) -> str | None:
-    """The key that a value standing for the whole mapping is given to."""
+def shorthand(cls: type, value: Any = None) -> str | None:
+    """The key that a value standing for the whole mapping is given to; lists of mappings may have one of their own."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return getattr(cls, "list_shorthand", None)
     return getattr(cls, "shorthand", None)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from torchtune.config.keys import shorthand
-
 
 class _WithShorthands(GenerateJsonSchema):
     def dataclass_schema(self, schema: Any) -> JsonSchemaValue:
         whole = super().dataclass_schema(schema)
-        short = shorthand(schema["cls"])
-        return {"anyOf": [whole["properties"][short], whole]} if short else whole
+        names = [getattr(schema["cls"], name, None) for name in ("shorthand", "list_shorthand")]
+        shorts = [whole["properties"][name] for name in names if name]
+        return {"anyOf": [*shorts, whole]} if shorts else whole
 
 
 def json_schema(cls: type) -> dict[str, Any]:

@@ -11,6 +11,7 @@ A nested dataclass may be written as the value of one of its keys, which it name
 
     class DatasetOptions:
         shorthand: ClassVar[str] = "path"  # `dataset: chats.jsonl` is `dataset: {path: chats.jsonl}`
+        list_shorthand: ClassVar[str] = "mix"  # `dataset: [{path: a}, {path: b}]` is `dataset: {mix: [...]}`
 
 That is what configs and command lines get. A class that should also take it when built in Python
 (`FullFinetuneParams(dataset="chats.jsonl")`) has a validator besides:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from torchtune.data.messages import ROLES
-from torchtune.data.options import DatasetOptions
+from torchtune.data.options import DataSource
 from torchtune.data.prepare import Prepared, prepare
 from torchtune.data.reading import Reading
 from torchtune.data.recognise import recognise
 from torchtune.data.renderer import Renderer
-from torchtune.data.rows import Rows, open_rows
+from torchtune.data.rows import LeftOut, Rows, Transform, open_rows
 from torchtune.data.template import choose_template
 from torchtune.errors import DataError, did_you_mean
 from torchtune.tokenizers.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Dataset:
 
     rows: Rows
     renderer: Renderer
-    options: DatasetOptions
+    options: DataSource
 
     def prepare(
         self, rows: Rows | None = None, *, max_seq_len: int | None, progress: Callable[[int, int], None] | None = None
@@ -38,17 +38,19 @@ class Dataset:
             max_seq_len=max_seq_len,
             too_long=self.options.too_long,
             on_bad_row=self.options.on_bad_row,
+            check_all=self.options.verify == "all",
             progress=progress,
         )
 
 
 def open_dataset(
-    options: DatasetOptions,
+    options: DataSource,
     tokenizer: Tokenizer,
     chat_template: str | Mapping[str, str] | None,
     *,
     stop_tokens: Collection[str] = (),
     now: datetime | None = None,
+    transform: Transform | None = None,
 ) -> Dataset:
     """Open files and tell what their rows are; nothing is rendered yet.
 
@@ -57,13 +59,14 @@ def open_dataset(
         chat_template: the checkpoint's, one or several by name. `options.chat_template` overrides it.
         stop_tokens: texts of the tokens on which the checkpoint's generation stops.
         now: the time that the template is told.
+        transform: what `options.transform` names, built.
     Raises:
         DataError: a file, a column, a role or a template is not what it should be.
     """
     for name, role in options.roles.items():
         if role not in ROLES:
             raise DataError(f"dataset.roles: {name} is to be '{role}', which is no role{did_you_mean(role, ROLES)}")
-    rows = open_rows(options.path, limit=options.limit)
+    rows = open_rows(options.path, limit=options.limit, how=options.how, transform=transform)
     renderer = Renderer(
         tokenizer,
         choose_template(options.chat_template, chat_template),
@@ -77,12 +80,14 @@ def open_dataset(
     return Dataset(rows, renderer, options)
 
 
-def read_as(rows: Rows, options: DatasetOptions) -> Reading:
+def read_as(rows: Rows, options: DataSource) -> Reading:
     """How the rows are read: told from the first one that says something."""
     first: DataError | None = None
     for index in range(min(len(rows), FIRST_ROWS)):
         try:
             row = rows[index]
+        except LeftOut:
+            continue
         except DataError as error:
             first = first or error
             if options.on_bad_row == "error":

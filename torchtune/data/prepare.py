@@ -16,8 +16,9 @@ import numpy as np
 from torchtune.data.options import OnBadRow, TooLong
 from torchtune.data.renderer import Rendered, Renderer
 from torchtune.data.report import Report, bad_rows
-from torchtune.data.rows import Row, Rows
+from torchtune.data.rows import LeftOut, Row, Rows
 from torchtune.data.sample import Sample
+from torchtune.data.sampler import RowSampler
 from torchtune.data.too_long import CutCounts, cut
 from torchtune.errors import DataError
 
@@ -62,6 +63,10 @@ class Prepared:
         """Tokens of each checked sample, in row order."""
         return np.diff(self._stored.sample_ends, prepend=0)
 
+    def sampler(self, *, seed: int, shuffle: bool) -> RowSampler:
+        """The order of each epoch."""
+        return RowSampler(self.num_rows, seed, shuffle)
+
     def samples_of(self, row_index: int) -> list[Sample]:
         """The samples of one row, always the same; none if nothing of it is trained.
 
@@ -72,6 +77,8 @@ class Prepared:
             return self._stored.samples_of(row_index, self.rows)
         try:
             samples = self._renderer.samples(self.rows[row_index])
+        except LeftOut:
+            return []
         except DataError as error:
             if self._on_bad_row == "error":
                 raise
@@ -137,6 +144,7 @@ def prepare(
     max_seq_len: int | None,
     too_long: TooLong | None = None,
     on_bad_row: OnBadRow = "error",
+    check_all: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Check a data set as it will be trained on.
@@ -147,19 +155,23 @@ def prepare(
         max_seq_len: tokens of a sample at most; None: there is no limit, and `report.longest` is what is needed.
         too_long: what is done with longer ones; None: too_long.py's default.
         on_bad_row: `error`: raise when any row can't be trained on, and name them; `skip`: leave them out.
+        check_all: check a large file whole, too; its samples then stay in memory.
         progress: is told rows done and rows to do, about every 256 rows.
     Raises:
         DataError: rows can't be trained on, a sample is too long and that is an error, or nothing is left.
     """
     policy = too_long or ("split" if renderer.reading.schema.format == "text" else "drop")
     report = Report(rows.name, str(renderer.reading.schema), len(rows), max_seq_len, policy)
-    report.num_checked_rows = len(rows) if rows.num_bytes < WHOLE_BYTES else min(len(rows), FIRST_ROWS)
+    whole = check_all or rows.num_bytes < WHOLE_BYTES
+    report.num_checked_rows = len(rows) if whole else min(len(rows), FIRST_ROWS)
     stored = StoredSamples()
     errors: list[DataError] = []
     for begin in range(0, report.num_checked_rows, CHUNK_ROWS):
         chunk = range(begin, min(begin + CHUNK_ROWS, report.num_checked_rows))
         for rendered in renderer.render(list(_read(rows, chunk))):
-            if rendered.error is not None:
+            if isinstance(rendered.error, LeftOut):
+                report.num_left_out += 1
+            elif rendered.error is not None:
                 errors.append(rendered.error)
             samples = cut(rendered.samples, max_seq_len, policy, report.cut)
             stored.add(samples)

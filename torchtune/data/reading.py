@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,8 @@ from torchtune.errors import DataError
 
 # Between messages that are joined on request (dataset.merge_turns, dataset.system=fold).
 SEPARATOR = "\n\n"
+
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 # How Stanford Alpaca (Taori et al., 2023) words a row for a model without a chat template.
 ALPACA_PROMPT = (
@@ -91,18 +95,70 @@ class Reading:
             plain = wording.replace("{instruction}", instruction).replace("{input}", given)
             return _exchange(system, prompt, completion, tools, plain=plain)
         if schema.format == "prompt_completion":
-            prompt, completion = get(record, "prompt"), get(record, "completion")
+            prompt, completion = (listed_messages(get(record, name)) for name in ("prompt", "completion"))
             if isinstance(prompt, list) and isinstance(completion, list):
                 context, _ = read_messages([*system, *prompt], self.roles)
                 answer, may_train = read_messages(completion, self.roles, first=len(context))
                 return Conversation([*context, *answer], [False] * len(context) + may_train, tools)
             prompt, completion = needed_text(prompt, "prompt"), needed_text(completion, "completion")
             return _exchange(system, prompt, completion, tools, plain=prompt)
-        listed = get(record, "messages" if schema.format == "messages" else "conversations")
+        if schema.format == "preference":
+            return self._chosen(record, system, tools)
+        listed = listed_messages(get(record, "messages" if schema.format == "messages" else "conversations"))
         if not isinstance(listed, list):
             raise DataError(f"{_column(schema)} must be a list of messages, not {shown(listed)}")
         messages, may_train = read_messages([*system, *listed], self.roles)
         return Conversation(messages, may_train, tools)
+
+    def _chosen(self, record: Any, system: list[dict[str, Any]], tools: list[Any] | None) -> Conversation:
+        """The better answer of a preference row, as what a fine-tune learns from it."""
+        prompt, chosen = (listed_messages(self.schema.get(record, name)) for name in ("prompt", "chosen"))
+        if isinstance(chosen, str) and prompt is None:
+            chosen = transcript(chosen)
+        if isinstance(chosen, str):
+            prompt = needed_text(prompt, "prompt")
+            return _exchange(system, prompt, needed_text(chosen, "chosen"), tools, plain=prompt)
+        if not isinstance(chosen, list):
+            raise DataError(f"chosen must be text or a list of messages, not {shown(chosen)}")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        answer, may_train = read_messages(chosen, self.roles, first=len(prompt or []))
+        if not prompt:
+            context, _ = read_messages(system, self.roles) if system else ([], [])
+            return Conversation([*context, *answer], [False] * len(context) + may_train, tools)
+        context, _ = read_messages([*system, *prompt], self.roles)
+        if answer[: len(context)] == context:  # some files write the prompt into chosen once more
+            answer, may_train = answer[len(context) :], may_train[len(context) :]
+        return Conversation([*context, *answer], [False] * len(context) + may_train, tools)
+
+
+def listed_messages(value: Any) -> Any:
+    """A list of messages that stands as JSON text, as CSV files have it; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value  # a text that begins like one
+    return value
+
+
+def transcript(text: str) -> list[dict[str, str]]:
+    """The messages of a text in the form of Anthropic's HH-RLHF (Bai et al., 2022): `Human:` and `Assistant:` turns.
+
+    Raises:
+        DataError: it does not have that form.
+    """
+    parts = _SPEAKER.split(text)
+    if parts[0].strip() or len(parts) < 3:
+        raise DataError(
+            "chosen is a text without a prompt, and not of the form 'Human: ... Assistant: ...'; add a column prompt, "
+            "or name it by dataset.columns"
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[speaker], "content": words.strip()}
+        for speaker, words in zip(parts[1::2], parts[2::2], strict=True)
+    ]
 
 
 def merge_turns(conversation: Conversation) -> Conversation:

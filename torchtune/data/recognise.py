@@ -1,7 +1,8 @@
 """What a row is: told from the columns of the first row, the most structured first.
 
-The rule, the same for every file: `messages`, else `conversations`, else `prompt` with `completion`, else
-`instruction` with `output`, else `text`. `dataset.format` and `dataset.columns` override it.
+The rule, the same for every file: `messages`, else `conversations`, else `chosen` with `rejected`, else `prompt`
+with `completion`, else `instruction` with `output`, else `text`; then other names of the same columns (ALIASES).
+`dataset.format` and `dataset.columns` override it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,23 @@ from torchtune.errors import DataError, did_you_mean
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("tools",)),
     "sharegpt": (("conversations",), ("system", "tools")),
+    "preference": (("chosen", "rejected"), ("prompt", "system", "tools")),
     "prompt_completion": (("prompt", "completion"), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system")),
     "text": (("text",), ()),
 }
 assert tuple(COLUMNS) == FORMATS
+# Names by which files call the same columns, tried in this order where no format's own names fit.
+ALIASES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("messages", {"messages": "conversation"}),
+    ("messages", {"messages": "dialog"}),
+    ("alpaca", {"output": "response", "input": "context"}),  # Dolly
+    *(
+        ("prompt_completion", {"prompt": prompt, "completion": completion})
+        for prompt in ("prompt", "question", "query", "problem", "input", "instruction")
+        for completion in ("completion", "response", "answer", "output", "solution")
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,8 @@ class Schema:
     def __str__(self) -> str:
         names = ", ".join(name if name == column else f"{name} = {column}" for name, column in self.columns.items())
         ignored = f"; ignored columns: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"rows are {self.format} ({names}){ignored}"
+        half = "; chosen is trained, rejected is not" if self.format == "preference" else ""
+        return f"rows are {self.format} ({names}){half}{ignored}"
 
     def get(self, record: Mapping[str, Any], name: str) -> Any:
         """The value of our column `name`, None if the row has none."""
@@ -68,9 +82,11 @@ def recognise(record: Any, *, format: str | None = None, columns: Mapping[str, s
         _refuse_unknown(name, format)
         if column not in record:
             raise DataError(f"there is no column '{column}' for {name}; the row has: {present}")
-    names = {name: columns.get(name, name) for fields in COLUMNS.values() for name in (*fields[0], *fields[1])}
     # A column that is null in every row, as tables that were merged have them, says nothing; so first without.
     filled = {column: value for column, value in record.items() if value is not None}
+    if not columns and (alias := _alias(filled, format) or _alias(record, format)):
+        format, columns = alias
+    names = {name: columns.get(name, name) for fields in COLUMNS.values() for name in (*fields[0], *fields[1])}
     format = format or _format_of(filled, names, columns) or _format_of(record, names, columns)
     if format is None:
         expected = "; ".join(" and ".join(needed) for needed, _ in COLUMNS.values())
@@ -107,6 +123,19 @@ def _format_of(record: Mapping[str, Any], names: Mapping[str, str], given: Mappi
     for format, (needed, _) in COLUMNS.items():
         if named <= set(needed) and all(names[name] in record for name in needed):
             return format
+    return None
+
+
+def _alias(record: Mapping[str, Any], format: str | None) -> tuple[str, dict[str, str]] | None:
+    """The format and columns by other names; None where a format's own names fit, or none do."""
+    own = {name: name for fields in COLUMNS.values() for name in (*fields[0], *fields[1])}
+    fits = _format_of(record, own, {}) if format is None else all(name in record for name in COLUMNS[format][0])
+    if fits:
+        return None
+    for other, columns in ALIASES:
+        needed = [columns.get(name, name) for name in COLUMNS[other][0]]
+        if format in (None, other) and all(name in record for name in needed):
+            return other, columns
     return None
 
 

@@ -26,6 +26,7 @@ class Report:
         longest: tokens of the longest sample, after cutting.
         num_bad_rows: rows that were skipped (on_bad_row).
         first_bad_row: why the first of them was.
+        num_left_out: rows that the user's transform left out.
         num_untrained_rows: rows of which nothing is to be trained, by their flags.
         num_rows_in_parts: rows whose turns had to become samples of their own.
         max_seq_len, too_long: the limit and the policy.
@@ -46,6 +47,7 @@ class Report:
     longest: int = 0
     num_bad_rows: int = 0
     first_bad_row: str = ""
+    num_left_out: int = 0
     num_untrained_rows: int = 0
     num_rows_in_parts: int = 0
     cut: CutCounts = field(default_factory=CutCounts)
@@ -78,6 +80,8 @@ class Report:
             lines.append(self.cut_line())
         if self.num_bad_rows:
             lines.append(f"{_count(self.num_bad_rows, 'row')} skipped; the first: {self.first_bad_row}")
+        if self.num_left_out:
+            lines.append(f"{_count(self.num_left_out, 'row')} left out by dataset.transform")
         if self.num_untrained_rows:
             lines.append(f"{_count(self.num_untrained_rows, 'row')} left out: no turn of them is to be trained")
         if self.num_rows_in_parts:

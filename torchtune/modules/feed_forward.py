@@ -42,7 +42,7 @@ class _SiluProduct(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         grad_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, grad * F.silu(gate)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchtune.checkpoint.open import open_checkpoint, open_tokenizer_files
-from torchtune.errors import ConfigError, Problem, TuneError, did_you_mean
+from torchtune.data.files.find import check_paths
+from torchtune.errors import ConfigError, Problem, TuneError
 from torchtune.models.build import build_model
+from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder
 from torchtune.training.device import get_device
@@ -40,7 +41,9 @@ def check_finetune(params: FinetuneParams, recipe: str) -> None:
     for key in ("dataset", "eval_dataset"):
         options = getattr(params, key)
         if options is not None:
-            attempt(key, partial(_check_paths, options.path, key))
+            for source in options.sources:
+                attempt(f"{key}.path", partial(check_paths, source.paths, source.how))
+                attempt(f"{key}.transform", partial(build_transform, source.transform))
     num_before = len(problems)
     if params.tokenizer is not None:
         attempt("tokenizer", partial(open_tokenizer_files, params.tokenizer))
@@ -48,14 +51,6 @@ def check_finetune(params: FinetuneParams, recipe: str) -> None:
         attempt("model_checkpoint", lambda: _check_checkpoint(params))
     if problems:
         raise ConfigError(problems)
-
-
-def _check_paths(paths: str | list[str], key: str) -> None:
-    for path in [paths] if isinstance(paths, str) else paths:
-        if not Path(path).exists():
-            folder = Path(path).parent
-            near = did_you_mean(Path(path).name, [e.name for e in folder.iterdir()]) if folder.is_dir() else ""
-            raise ConfigError(f"there is no file {path}{near}", key=f"{key}.path")
 
 
 def _check_checkpoint(params: FinetuneParams) -> None:

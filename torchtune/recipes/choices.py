@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtune.data.loader import DataLoader
+from torchtune.data.mix import MixReport
 from torchtune.data.report import Report
 from torchtune.recipes.params import FinetuneParams
 from torchtune.training.optimizers import ParamGroup
@@ -47,7 +48,7 @@ def longest_allowed(params: FinetuneParams, config: Mapping[str, Any]) -> int:
     return params.max_seq_len or min(int(config.get("max_position_embeddings") or DEFAULT_CONTEXT), DEFAULT_CONTEXT)
 
 
-def choose_batching(params: FinetuneParams, report: Report, *, limit: int, world_size: int) -> Batching:
+def choose_batching(params: FinetuneParams, report: Report | MixReport, *, limit: int, world_size: int) -> Batching:
     """Fill in what the params leave open, by tokens.
 
     A step aims at 1/32 of an epoch, within 512 to 32,768 tokens: small data still gives enough steps to

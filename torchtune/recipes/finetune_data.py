@@ -7,15 +7,19 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from torchtune.checkpoint.open import Checkpoint
+from torchtune.config.component import COMPONENT, find_callable
 from torchtune.data.dataset import Dataset, open_dataset
 from torchtune.data.loader import DataLoader
+from torchtune.data.mix import Mix, Share
 from torchtune.data.options import DatasetOptions
 from torchtune.data.prepare import Prepared
-from torchtune.data.rows import Rows
+from torchtune.data.rows import Rows, Transform
 from torchtune.data.sampler import RowSampler
 from torchtune.distributed.process_group import rank, world_size
 from torchtune.errors import ConfigError
@@ -31,8 +35,8 @@ SECONDS_BETWEEN_LINES = 2.0
 class FinetuneData:
     """What is trained on, and what is held out, if anything."""
 
-    train: Prepared
-    held_out: Prepared | None
+    train: Prepared | Mix
+    held_out: Prepared | Mix | None
 
 
 def prepare_data(
@@ -55,22 +59,56 @@ def prepare_data(
     """
     stop_tokens = [token for token in map(tokenizer.id_to_token, checkpoint.stop_ids) if token]
 
-    def open_one(options: DatasetOptions) -> Dataset:
-        return open_dataset(options, tokenizer, checkpoint.chat_template, stop_tokens=stop_tokens, now=now)
+    def open_all(options: DatasetOptions) -> list[Dataset]:
+        return [
+            open_dataset(
+                source,
+                tokenizer,
+                checkpoint.chat_template,
+                stop_tokens=stop_tokens,
+                now=now,
+                transform=build_transform(source.transform),
+            )
+            for source in options.sources
+        ]
 
-    def check(dataset: Dataset, rows: Rows | None = None) -> Prepared:
-        return dataset.prepare(rows, max_seq_len=max_seq_len, progress=_Lines(dataset.rows.name))
+    def check(datasets: list[Dataset], options: DatasetOptions, rows: list[Rows]) -> Prepared | Mix:
+        checked = [
+            dataset.prepare(chosen, max_seq_len=max_seq_len, progress=_Lines(dataset.rows.name))
+            for dataset, chosen in zip(datasets, rows, strict=True)
+        ]
+        if not options.mix:
+            return checked[0]
+        return Mix(checked, [Share(part.weight, part.tokens) for part in options.mix])
 
-    dataset = open_one(params.dataset)
+    datasets = open_all(params.dataset)
+    rows = [dataset.rows for dataset in datasets]
+    held_out = None
     if params.eval_dataset is not None:
-        data = FinetuneData(check(dataset), check(open_one(params.eval_dataset)))
+        others = open_all(params.eval_dataset)
+        held_out = check(others, params.eval_dataset, [dataset.rows for dataset in others])
     elif params.eval_fraction:
-        train, held_out = _split(len(dataset.rows), params.eval_fraction, seed)
-        data = FinetuneData(check(dataset, dataset.rows.select(train)), check(dataset, dataset.rows.select(held_out)))
-    else:
-        data = FinetuneData(check(dataset), None)
+        splits = [_split(len(each), params.eval_fraction, seed) for each in rows]
+        held_out = check(
+            datasets, params.dataset, [each.select(out) for each, (_, out) in zip(rows, splits, strict=True)]
+        )
+        rows = [each.select(kept) for each, (kept, _) in zip(rows, splits, strict=True)]
+    data = FinetuneData(check(datasets, params.dataset, rows), held_out)
     _stop_where_turns_end(data.train, checkpoint, tokenizer)
     return data
+
+
+def build_transform(component: dict[str, Any] | None) -> Transform | None:
+    """What `dataset.transform` names: a function with its keywords bound, or an object of a class.
+
+    Raises:
+        ConfigError: it leads nowhere.
+    """
+    if component is None:
+        return None
+    target = find_callable(component[COMPONENT])
+    keywords = {name: value for name, value in component.items() if name != COMPONENT}
+    return target(**keywords) if isinstance(target, type) else partial(target, **keywords)
 
 
 def deal(
@@ -82,7 +120,7 @@ def deal(
         until: closes the loaders.
     """
 
-    def loader(source: Prepared, sampler: RowSampler) -> DataLoader:
+    def loader(source: Prepared | Mix, sampler: RowSampler) -> DataLoader:
         made = DataLoader(
             source,
             sampler,
@@ -97,14 +135,14 @@ def deal(
         )
         return until.enter_context(made)
 
-    sampler = RowSampler(data.train.num_rows, seed=seed, shuffle=params.shuffle)
+    sampler = data.train.sampler(seed=seed, shuffle=params.shuffle)
     held_out = None
     if data.held_out is not None:
         held_out = loader(data.held_out, RowSampler(data.held_out.num_rows, seed=seed, shuffle=False))
     return sampler, loader(data.train, sampler), held_out
 
 
-def _stop_where_turns_end(train: Prepared, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+def _stop_where_turns_end(train: Prepared | Mix, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     """Make what ends a trained turn stop generation too, in what is saved, and say so."""
     ends = train.report.end_ids & set(tokenizer.added_tokens.values())
     for token in checkpoint.add_stop_ids(ends):

@@ -56,6 +56,7 @@ from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder, comparable, save_is_due, warn_of_changes
 from torchtune.tokenizers.tokenizer import Tokenizer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
+from torchtune.training.allocator import keep_freed_memory
 from torchtune.training.compiling import apply_compile
 from torchtune.training.device import get_device
 from torchtune.training.early_stopping import BestLoss
@@ -110,6 +111,7 @@ class FullFinetuneRecipe:
     def setup(self, params: FullFinetuneParams) -> None:
         """Open the checkpoint, prove the data, build and load the model and all that training needs."""
         with self._closing_on_error():
+            self._open.enter_context(keep_freed_memory(self._device))
             ckpt_dict = self.load_checkpoint(ckpt_path=params.model_checkpoint)
             if self._resume_from_checkpoint:
                 self._update_recipe_state(ckpt_dict)
