@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
     By default large tensors are given back to the system as they are freed, which then clears the same pages
     for the next step. Afterwards all is as before, and what is free is given back.
     """
-    libc = ctypes.CDLL(None) if device.type == "cpu" else None
+    libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
         yield
         return
