@@ -14,9 +14,11 @@ WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LIC
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors", "runs/*"]
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, *, weights: bool = True) -> Path:
     """Where a checkpoint lies: a path as it is, a hub id downloaded into huggingface_hub's cache.
 
+    Args:
+        weights: false downloads config, tokenizer and template alone.
     Raises:
         CheckpointError: no such path, and no hub id either; or the hub refuses.
     """
@@ -27,7 +29,7 @@ def resolve(source: str) -> Path:
     if looks_like_path or (path.parent.is_dir() and path.parent != Path()):
         raise CheckpointError(f"there is no such folder or file{_near(path)}", path=source)
     repo_id, _, revision = source.partition("@")
-    return download(repo_id, revision=revision or None)
+    return download(repo_id, revision=revision or None, weights=weights)
 
 
 def download(
@@ -37,6 +39,7 @@ def download(
     local_dir: Path | None = None,
     token: str | None = None,
     ignore_patterns: Sequence[str] | None = None,
+    weights: bool = True,
 ) -> Path:
     """A snapshot of a model repository.
 
@@ -44,6 +47,7 @@ def download(
         repo_id: `org/name`.
         local_dir: a folder to put it in, in place of the cache.
         token: the hub's token; None means that of the environment.
+        weights: false leaves the weights out.
         ignore_patterns: files to leave out; None leaves out what a checkpoint does not need.
     Raises:
         CheckpointError: the hub can't be reached, has no such repository, or wants a token.
@@ -53,6 +57,7 @@ def download(
 
     allowed = WANTED if ignore_patterns is None else None
     ignored = UNWANTED if ignore_patterns is None else list(ignore_patterns)
+    ignored = ignored if weights else [*ignored, "*.safetensors"]
     try:
         found = snapshot_download(
             repo_id,

@@ -180,17 +180,33 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None) -> Checkpoint:
+class NoWeights:
+    """Stands where a checkpoint was opened without its weights."""
+
+    def __init__(self) -> None:
+        self.headers: dict[str, TensorHeader] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Refused."""
+        raise CheckpointError(f"was opened without weights, so '{name}' can't be read")
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None, weights: bool = True) -> Checkpoint:
     """Open a Hugging Face-layout folder, a GGUF file or a hub id; headers alone are read.
 
     Args:
         tokenizer: a folder, or a tokenizer.json, whose tokenizer replaces the checkpoint's.
+        weights: false for config, tokenizer and template alone; of a folder, no weight file needs to be there.
     Raises:
         CheckpointError, UnsupportedError: says which file is wrong and what to do.
     """
-    path = resolve(str(source))
-    checkpoint = _open_gguf(str(source), path) if path.is_file() else _open_folder(str(source), path)
-    _check_config(checkpoint)
+    path = resolve(str(source), weights=weights)
+    checkpoint = _open_gguf(str(source), path) if path.is_file() else _open_folder(str(source), path, weights)
+    if weights:
+        _check_config(checkpoint)
     if tokenizer is not None:
         checkpoint.files = open_tokenizer_files(tokenizer)
     return checkpoint
@@ -204,7 +220,7 @@ def open_tokenizer_files(source: str | Path) -> dict[str, bytes]:
     Raises:
         CheckpointError: there is no such place, or no tokenizer in it.
     """
-    path = resolve(str(source))
+    path = resolve(str(source), weights=False)
     files = _text_files(path if path.is_dir() else path.parent)
     if path.is_file():
         files["tokenizer.json"] = path.read_bytes()
@@ -225,7 +241,7 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
     return Checkpoint(source, path, hf_config(weights), hf_generation_config(weights), files, weights)
 
 
-def _open_folder(source: str, path: Path) -> Checkpoint:
+def _open_folder(source: str, path: Path, with_weights: bool) -> Checkpoint:
     if not (path / "config.json").exists():
         if (path / "adapter_config.json").exists():
             raise UnsupportedError(f"{path} is an adapter; name the checkpoint that it belongs to")
@@ -233,7 +249,8 @@ def _open_folder(source: str, path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     generation = path / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else None
-    return Checkpoint(source, path, config, generation_config, _text_files(path), SafetensorsFolder(path))
+    weights: WeightSource = SafetensorsFolder(path) if with_weights else NoWeights()
+    return Checkpoint(source, path, config, generation_config, _text_files(path), weights)
 
 
 def _text_files(folder: Path) -> dict[str, bytes]:

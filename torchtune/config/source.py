@@ -213,7 +213,8 @@ def parse_override(argument: str) -> Override:
             "has no value after '='; write null for none, or '\"\"' for empty text", key=key, where=COMMAND_LINE
         )
     origins: dict[KeyPath, Origin] = {}
-    value = _parse_value(text, origins)
+    # YAML takes a dash for a list of nothing; people mean standard input.
+    value = text if text == "-" else _parse_value(text, origins)
     quoted = value != text and text[0] in "\"'"
     # Whatever was read from it, a key that takes text gets what was typed.
     origins[()] = Origin(COMMAND_LINE, None if quoted else text)

@@ -7,9 +7,10 @@ has begins again within the epoch, in another order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -68,6 +69,10 @@ class Mix:
         which = int(np.searchsorted(self._row_ends, row_index, side="right"))
         first = int(self._row_ends[which - 1]) if which else 0
         return self.parts[which].samples_of(row_index - first)
+
+    def checked_samples(self) -> Iterator[Sample]:
+        """The samples of the rows that were checked, part after part."""
+        return chain.from_iterable(part.checked_samples() for part in self.parts)
 
     def sampler(self, *, seed: int, shuffle: bool) -> MixSampler:
         """The order of each epoch."""

@@ -63,6 +63,11 @@ class Prepared:
         """Tokens of each checked sample, in row order."""
         return np.diff(self._stored.sample_ends, prepend=0)
 
+    def checked_samples(self) -> Iterator[Sample]:
+        """The samples of the rows that were checked, in row order."""
+        for row in range(self.report.num_checked_rows):
+            yield from self.samples_of(row)
+
     def sampler(self, *, seed: int, shuffle: bool) -> RowSampler:
         """The order of each epoch."""
         return RowSampler(self.num_rows, seed, shuffle)

@@ -76,10 +76,13 @@ class Renderer:
         variables = {**tokenizer.special, **(template_variables or {})}
         templates = {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
         now = now or datetime.now()
-        stops = {*stop_tokens, *filter(None, [tokenizer.eos_token])}
         self._finders = {
             name: TurnFinder(
-                ChatTemplate(source, variables, now), tokenizer.special_tokens, tokenizer.added_tokens, stops
+                ChatTemplate(source, variables, now),
+                tokenizer.special_tokens,
+                tokenizer.added_tokens,
+                set(stop_tokens),
+                tokenizer.eos_token,
             )
             for name, source in templates.items()
         }
@@ -133,7 +136,7 @@ class Renderer:
         finder = self._finders["tool_use" if read.tools and "tool_use" in self._finders else "default"]
         try:
             if self.train_on == "all":
-                text = finder.template.render_tracked(finder.with_calls(read.messages), read.tools)
+                text = finder.template.render_tracked(finder.forms.apply(read.messages), read.tools)
                 return Drafts([Draft(text, [Turn(0, 0, len(text))])])
             return finder.drafts(read, wanted)
         except TemplateRefused as error:

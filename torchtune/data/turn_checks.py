@@ -12,6 +12,8 @@ from torchtune.errors import DataError
 
 # Fields that stand in a turn's header; all others are what is said.
 HEADER_FIELDS = frozenset(["role", "name"])
+# The names that templates have for what a model thinks before it speaks; rows have the first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _SHOWN_CHARS = 40
 
 
@@ -38,7 +40,7 @@ def left_out(text: Tracked, messages: Sequence[Message], conversation: Conversat
     """
     written = {label for _, _, label in text.spans}
     for i, message in enumerate(messages):
-        said = bool(message["content"].strip()) and (i, "content") not in written
+        said = _has_words(message["content"]) and (i, "content") not in written
         if said and (message["role"] != "assistant" or i == len(messages) - 1):
             raise DataError(
                 f"the chat template leaves out the content of message {i + 1} ({message['role']}); "
@@ -48,7 +50,8 @@ def left_out(text: Tracked, messages: Sequence[Message], conversation: Conversat
     notes = set()
     if conversation.tools and TOOLS not in written:
         notes.add("the chat template does not write the rows' tools, so the model does not see them")
-    if messages[last].get("reasoning_content") and (last, "reasoning_content") not in written:
+    key = next((key for key in REASONING if messages[last].get(key)), None)
+    if key is not None and (last, key) not in written:
         notes.add("the chat template does not write reasoning_content, so it is not trained")
     if any(
         "tool_calls" in given and "tool_calls" not in m
@@ -56,6 +59,11 @@ def left_out(text: Tracked, messages: Sequence[Message], conversation: Conversat
     ):
         notes.add("the chat template writes no tool calls, so they are written as JSON, as words of the turn")
     return notes
+
+
+def _has_words(content: str | list[dict[str, str]]) -> bool:
+    """Whether a content, as text or in parts, says anything."""
+    return any(part["text"].strip() for part in content) if isinstance(content, list) else bool(content.strip())
 
 
 def compare_marks(text: Tracked, turn: Turn) -> str | None:

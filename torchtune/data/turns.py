@@ -14,16 +14,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from torchtune.data.calls import calls_as, rewrite_calls
 from torchtune.data.draft import Draft, Drafts, Turn
+from torchtune.data.forms import Forms
 from torchtune.data.reading import Conversation
 from torchtune.data.template import ChatTemplate, Message
 from torchtune.data.tracked import Tracked, concat, plain
 from torchtune.data.turn_checks import compare_marks, left_out, refuse_foreign, shown, words_of
 from torchtune.errors import DataError
 
+Text = TypeVar("Text", str, Tracked)
+# Variables by which templates switch off the reasoning that they open at inference.
+THINKING_VARIABLES = ("enable_thinking", "thinking")
 _PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
 
 
@@ -34,7 +37,8 @@ class TurnFinder:
         template: renders.
         special_tokens: the texts of the tokenizer's special tokens.
         added_tokens: those of all added tokens.
-        stop_tokens: the texts of tokens on which generation stops.
+        stop_tokens: the texts of tokens on which generation stops, if known; what ends a turn is one of them.
+        eos_token: the tokenizer's; one of those that may end a turn where none of `stop_tokens` is written.
     """
 
     def __init__(
@@ -43,15 +47,18 @@ class TurnFinder:
         special_tokens: Collection[str],
         added_tokens: Collection[str],
         stop_tokens: Collection[str],
+        eos_token: str | None,
     ) -> None:
         self.template = template
         self._special = _alternatives(special_tokens)
         self._added = _alternatives(added_tokens)
         self._stops = set(stop_tokens)
+        self._likely_stops = {eos_token} if eos_token else set()  # and what ends a made-up turn
         self._header = ""  # what opens the assistant's turn: the generation prompt, or what stands in its place
         self._lead = ""  # what stands between what inference feeds and the first word
         self._has_generation_prompt = True
-        self._calls_as: str | None = None  # asked for once a row has calls
+        self.forms = Forms(template)
+        self._closes = True  # false: what ends a turn is how the next one begins
         self._probe()
 
     def drafts(self, conversation: Conversation, wanted: Sequence[int]) -> Drafts:
@@ -60,11 +67,15 @@ class TurnFinder:
         Raises:
             DataError: the template refuses the messages, or does not read as inference will.
         """
-        messages, tools = self.with_calls(conversation.messages), conversation.tools
+        messages, tools = self.forms.apply(conversation.messages), conversation.tools
         result = Drafts([])
         for i in reversed(wanted):
             prompt = self.template.render(messages[:i], tools, add_generation_prompt=True)
-            whole = self.template.render(messages[: i + 1], tools) if result.drafts else ""
+            whole = (
+                self._closed(self.template.render(messages[: i + 1], tools), messages, i, tools)
+                if result.drafts
+                else ""
+            )
             turn = None
             for draft in result.drafts:
                 if turn := self._within(draft, prompt, whole, i):
@@ -78,14 +89,6 @@ class TurnFinder:
             result.notes.update(filter(None, compared))
         result.drafts.reverse()
         return result
-
-    def with_calls(self, messages: list[Message]) -> list[Message]:
-        """The messages with tool calls as this template can write them (CALLS_AS)."""
-        if not any("tool_calls" in message for message in messages):
-            return messages
-        if self._calls_as is None:
-            self._calls_as = calls_as(self.template)
-        return rewrite_calls(messages, self._calls_as)
 
     def _within(self, draft: Draft, prompt: str, whole: str, i: int) -> Turn | None:
         """Turn i in a draft that ends with a later turn; None if it stands there otherwise than at inference.
@@ -110,9 +113,25 @@ class TurnFinder:
             # The template writes what comes before otherwise when a turn follows: go by what inference feeds.
             before = self.template.render_tracked(messages[:i], tools, add_generation_prompt=True)
             text = concat((before, text.cut(self._opening(text, prompt, i), len(text))))
+        text = self._closed(text, messages, i, tools)
         turn = self._turn(text, text, prompt, i)
         refuse_foreign(text, turn)
         return Draft(text, [turn])
+
+    def _closed(self, whole: Text, messages: Sequence[Message], i: int, tools: list[Any] | None) -> Text:
+        """A rendering that ends with turn i, with the token by which the model ends it where the template writes none.
+
+        GLM's models end their turn by the token that opens the next one (<|user|>, or <|observation|> after a call).
+        """
+        if self._closes:
+            return whole
+        answers = {"role": "tool", "content": "probe"} if "tool_calls" in messages[i] else _PROBE[0]
+        following = messages[i + 1] if i + 1 < len(messages) else self.forms.apply([answers])[0]
+        longer = self.template.render([*messages[: i + 1], following], tools)
+        opens = self._special.match(longer, len(whole)) if longer.startswith(whole) else None
+        if opens is None or opens.group() not in self._stops:
+            return whole
+        return whole + opens.group()
 
     def _turn(self, text: Tracked, whole: str, prompt: str, i: int) -> Turn:
         """Turn i, which stands behind `prompt` in `text`, and at the end of `whole`."""
@@ -141,15 +160,26 @@ class TurnFinder:
         raise DataError(
             f"the chat template opens the turn of message {i + 1} at inference with {shown(prompt[shared:])} but "
             f"writes it here as {shown(plain(text)[shared:])}, so training on it would not read as inference does; "
+            + self._remedy()
+        )
+
+    def _remedy(self) -> str:
+        variable = next((name for name in THINKING_VARIABLES if name in self.template.source), None)
+        example = (
+            f"chat_template_kwargs={{{variable}: false}}, for rows without reasoning"
+            if variable
+            else ("chat_template_kwargs")
+        )
+        return (
             "give dataset.chat_template a template for training, or the variable that makes them agree "
-            "by dataset.chat_template_kwargs"
+            f"by dataset.{example}"
         )
 
     def _end_of_turn(self, tail: str, i: int) -> int:
         """How much of `tail`, the template's text behind the turn's last word, the model is to say."""
-        found = [place + len(stop) for stop in self._stops if (place := tail.find(stop)) >= 0]
-        if found:
-            return min(found)
+        for stops in (self._stops, self._likely_stops):
+            if found := [place + len(stop) for stop in stops if (place := tail.find(stop)) >= 0]:
+                return min(found)
         if specials := [match.end() for match in self._special.finditer(tail)]:
             return specials[-1]
         if tail:
@@ -162,9 +192,10 @@ class TurnFinder:
     def _probe(self) -> None:
         """Learn from a made-up exchange how this template opens and ends the assistant's turn."""
         try:
-            fed = self.template.render(_PROBE[:1], add_generation_prompt=True)
-            without = self.template.render(_PROBE[:1])
-            whole = self.template.render_tracked(_PROBE)
+            probe = self.forms.apply(_PROBE)
+            fed = self.template.render(probe[:1], add_generation_prompt=True)
+            without = self.template.render(probe[:1])
+            whole = self.template.render_tracked(probe)
         except DataError:
             return  # a template that wants other messages: each row then speaks for itself
         words = words_of(whole, 1)
@@ -173,7 +204,8 @@ class TurnFinder:
         self._has_generation_prompt = fed != without
         tail = plain(whole)[words[-1][1] :]
         if match := self._special.search(tail) or self._added.search(tail):
-            self._stops.add(match.group())
+            self._likely_stops.add(match.group())
+        self._closes = bool(tail)
         if whole.startswith(fed):
             self._lead = plain(whole)[len(fed) : words[0][0]]
         if self._has_generation_prompt:

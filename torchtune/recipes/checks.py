@@ -18,6 +18,24 @@ from torchtune.recipes.run_folder import RunFolder
 from torchtune.training.device import get_device
 
 
+class _Problems(list[Problem]):
+    """What was found wrong; `attempt` adds to it, and goes on."""
+
+    def attempt(self, key: str, look: Callable[[], Any]) -> None:
+        """Call `look`; what it raises is a problem of `key`."""
+        try:
+            look()
+        except ConfigError as error:
+            self.extend(error.problems)
+        except (TuneError, OSError) as error:
+            self.append(Problem("", key, str(error)))
+
+    def raise_all(self) -> None:
+        """Raise everything at once, if there is anything."""
+        if self:
+            raise ConfigError(self)
+
+
 def check_finetune(params: FinetuneParams, recipe: str) -> None:
     """Compare params with the checkpoint's headers, the data's paths, the device and the output folder.
 
@@ -26,31 +44,35 @@ def check_finetune(params: FinetuneParams, recipe: str) -> None:
     Raises:
         ConfigError: all problems at once.
     """
-    problems: list[Problem] = []
-
-    def attempt(key: str, look: Callable[[], Any]) -> None:
-        try:
-            look()
-        except ConfigError as error:
-            problems.extend(error.problems)
-        except (TuneError, OSError) as error:
-            problems.append(Problem("", key, str(error)))
-
-    attempt("device", lambda: get_device(params.device))
-    attempt("output_dir", lambda: RunFolder(params, recipe))
-    for key in ("dataset", "eval_dataset"):
-        options = getattr(params, key)
-        if options is not None:
-            for source in options.sources:
-                attempt(f"{key}.path", partial(check_paths, source.paths, source.how))
-                attempt(f"{key}.transform", partial(build_transform, source.transform))
+    problems = _Problems()
+    problems.attempt("device", lambda: get_device(params.device))
+    problems.attempt("output_dir", lambda: RunFolder(params, recipe))
+    _look_at_data(params, problems)
     num_before = len(problems)
     if params.tokenizer is not None:
-        attempt("tokenizer", partial(open_tokenizer_files, params.tokenizer))
+        problems.attempt("tokenizer", partial(open_tokenizer_files, params.tokenizer))
     if len(problems) == num_before:  # else one mistake would be told twice
-        attempt("model_checkpoint", lambda: _check_checkpoint(params))
-    if problems:
-        raise ConfigError(problems)
+        problems.attempt("model_checkpoint", lambda: _check_checkpoint(params))
+    problems.raise_all()
+
+
+def check_data(params: FinetuneParams) -> None:
+    """The part of `check_finetune` that is about data: its paths and transforms.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    problems = _Problems()
+    _look_at_data(params, problems)
+    problems.raise_all()
+
+
+def _look_at_data(params: FinetuneParams, problems: _Problems) -> None:
+    for key in ("dataset", "eval_dataset"):
+        options = getattr(params, key)
+        for source in options.sources if options is not None else ():
+            problems.attempt(f"{key}.path", partial(check_paths, source.paths, source.how))
+            problems.attempt(f"{key}.transform", partial(build_transform, source.transform))
 
 
 def _check_checkpoint(params: FinetuneParams) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,12 @@ class Statistics:
         return "\n".join(lines)
 
 
-def statistics(samples: Iterable[Sample], pack_tokens: Callable[[int], int]) -> Statistics:
+def statistics(samples: Iterable[Sample], pack_tokens: int) -> Statistics:
     """Count samples.
 
     Args:
         samples: all of them, at least one.
-        pack_tokens: gives the tokens of a pack for the longest sample's.
+        pack_tokens: tokens of a pack.
     """
     lengths_found, num_trained, seen, duplicates = [], 0, set(), 0
     for sample in samples:
@@ -72,8 +72,7 @@ def statistics(samples: Iterable[Sample], pack_tokens: Callable[[int], int]) -> 
         duplicates += digest in seen
         seen.add(digest)
     lengths = np.array(lengths_found)
-    size = pack_tokens(int(lengths.max()))
-    packs = pack(lengths.tolist(), size)
+    packs = pack(lengths.tolist(), pack_tokens)
     num_tokens = int(lengths.sum())
     return Statistics(
         num_samples=len(lengths),
@@ -82,9 +81,9 @@ def statistics(samples: Iterable[Sample], pack_tokens: Callable[[int], int]) -> 
         num_duplicates=duplicates,
         percentiles={p: int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES},
         histogram=_histogram(lengths),
-        pack_tokens=size,
+        pack_tokens=pack_tokens,
         num_packs=len(packs),
-        packed_share=num_tokens / (len(packs) * size),
+        packed_share=num_tokens / (len(packs) * pack_tokens),
         padded_share=num_tokens / _padded_tokens(lengths),
     )
 
