@@ -95,10 +95,10 @@ def float32_checkpoint(folder: Path) -> Path:
 
 
 def run_ours(out: Path, model: Path, data: Path, steps: int) -> Measured:
-    """`tune run full_finetune`: steps of two packs of 1024 tokens."""
+    """`tune run full_finetune`: steps of one pack of 2048 tokens."""
     command = [sys.executable, "-m", "torchtune.cli.tune", "run", "full_finetune", f"model_checkpoint={model}"]
-    command += [f"dataset={data}", f"output_dir={out}", f"max_steps={steps}", "save_last=false", "max_seq_len=1024"]
-    command += ["gradient_accumulation_steps=2", "optimizer.lr=1e-4", "lr_scheduler.name=constant"]
+    command += [f"dataset={data}", f"output_dir={out}", f"max_steps={steps}", "save_last=false", "max_seq_len=2048"]
+    command += ["gradient_accumulation_steps=1", "optimizer.lr=1e-4", "lr_scheduler.name=constant"]
     start, first = time.time(), 0.0
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     metrics_file = out / "metrics.jsonl"

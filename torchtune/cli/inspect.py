@@ -36,7 +36,6 @@ def run(argv: list[str]) -> int:
     from torchtune.recipes.checks import check_data
     from torchtune.recipes.finetune_data import prepare_data
     from torchtune.recipes.params import FinetuneParams
-    from torchtune.training.device import get_device
     from torchtune.training.progress import say
     from torchtune.training.seed import draw_seed
 
@@ -48,7 +47,7 @@ def run(argv: list[str]) -> int:
     data = prepare_data(
         params, checkpoint, tokenizer, max_seq_len=limit, seed=draw_seed(params.seed), now=datetime.now()
     ).train
-    batching = choices.choose_batching(params, data.report, get_device(params.device), limit=limit, world_size=1)
+    batching = choices.choose_batching(params, data.report, limit=limit, world_size=1)
     counted = statistics(data.checked_samples(), pack_tokens=batching.max_seq_len)
     summary = f"{data.report}\n{counted}"
     if options.json:

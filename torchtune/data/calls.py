@@ -14,7 +14,7 @@ from torchtune.errors import DataError
 CALLS_AS = ("object", "text", "content")
 
 _FUNCTION = {"name": "probe_f", "arguments": {"probe_k": "probe_v"}}
-_PROBE: list[Message] = [
+CALL_PROBE: list[Message] = [
     {"role": "user", "content": "probe"},
     {
         "role": "assistant",
@@ -22,14 +22,15 @@ _PROBE: list[Message] = [
         "tool_calls": [{"id": "probe0001", "type": "function", "function": _FUNCTION}],
     },
 ]
+TOOL_PROBE: Message = {"role": "tool", "tool_call_id": "probe0001", "name": "probe_f", "content": "probe-t"}
 
 
 def calls_as(template: ChatTemplate) -> str:
     """One of CALLS_AS, found by a made-up call."""
     try:
-        text = template.render_tracked(_PROBE)
+        text = template.render_tracked(CALL_PROBE)
     except DataError:
-        return "text" if _renders(template, rewrite_calls(_PROBE, "text")) else "object"
+        return "text" if _renders(template, rewrite_calls(CALL_PROBE, "text")) else "object"
     if not any(name == "tool_calls" for _, _, (_, name) in text.spans):
         return "content"
     return "text" if "{'probe_k': 'probe_v'}" in text else "object"  # Python's own form of an object

@@ -76,6 +76,7 @@ def open_dataset(
         template_variables=options.chat_template_kwargs,
         stop_tokens=stop_tokens,
         now=now,
+        on_prompt_mismatch=options.on_prompt_mismatch,
     )
     return Dataset(rows, renderer, options)
 

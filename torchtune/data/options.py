@@ -15,6 +15,7 @@ TooLong = Literal["drop", "truncate", "split", "error"]
 OnBadRow = Literal["error", "skip"]
 SpecialTokensInContent = Literal["error", "split", "allow"]
 System = Literal["keep", "fold"]
+OnPromptMismatch = Literal["error", "as_written"]
 SampleBy = Literal["document", "paragraph", "line"]
 Verify = Literal["first", "all"]
 
@@ -72,6 +73,10 @@ class DataSource:
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the template, e.g. {enable_thinking: false}."
+    )
+    on_prompt_mismatch: OnPromptMismatch = Field(
+        default="error",
+        description="Turns that the template opens otherwise at inference: refuse them, or train them as written.",
     )
     system: System = Field(
         default="keep", description="fold: put a system message before the first user message's words."

@@ -15,7 +15,7 @@ from typing import Any
 
 from torchtune.data.draft import Draft, Drafts, Turn
 from torchtune.data.encoding import Encoder
-from torchtune.data.options import SpecialTokensInContent, TrainOn
+from torchtune.data.options import OnPromptMismatch, SpecialTokensInContent, TrainOn
 from torchtune.data.reading import Conversation, Reading, Text
 from torchtune.data.rows import Row
 from torchtune.data.sample import Sample
@@ -53,6 +53,8 @@ class Renderer:
         template_variables: for the template, besides the tokenizer's own tokens.
         stop_tokens: texts of the tokens on which generation stops, if known.
         now: the time that the template is told.
+        on_prompt_mismatch: what a turn does that the template opens otherwise at inference: `error`, or
+            `as_written` (train what the template writes).
     Raises:
         DataError: a template is not valid.
     """
@@ -68,6 +70,7 @@ class Renderer:
         template_variables: Mapping[str, Any] | None = None,
         stop_tokens: Collection[str] = (),
         now: datetime | None = None,
+        on_prompt_mismatch: OnPromptMismatch = "error",
     ) -> None:
         self.tokenizer = tokenizer
         self.reading = reading
@@ -83,6 +86,7 @@ class Renderer:
                 tokenizer.added_tokens,
                 set(stop_tokens),
                 tokenizer.eos_token,
+                as_written=on_prompt_mismatch == "as_written",
             )
             for name, source in templates.items()
         }

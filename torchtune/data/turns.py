@@ -16,6 +16,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
+from torchtune.data.calls import CALL_PROBE, TOOL_PROBE
 from torchtune.data.draft import Draft, Drafts, Turn
 from torchtune.data.forms import Forms
 from torchtune.data.reading import Conversation
@@ -27,6 +28,7 @@ from torchtune.errors import DataError
 Text = TypeVar("Text", str, Tracked)
 # Variables by which templates switch off the reasoning that they open at inference.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
+_WORDS, _CALL = "words", "call"
 _PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
 
 
@@ -38,6 +40,7 @@ class TurnFinder:
         special_tokens: the texts of the tokenizer's special tokens.
         added_tokens: those of all added tokens.
         stop_tokens: the texts of tokens on which generation stops, if known; what ends a turn is one of them.
+        as_written: where a turn is opened otherwise at inference, train what the template writes; else refuse it.
         eos_token: the tokenizer's; one of those that may end a turn where none of `stop_tokens` is written.
     """
 
@@ -48,8 +51,11 @@ class TurnFinder:
         added_tokens: Collection[str],
         stop_tokens: Collection[str],
         eos_token: str | None,
+        *,
+        as_written: bool = False,
     ) -> None:
         self.template = template
+        self._as_written = as_written
         self._special = _alternatives(special_tokens)
         self._added = _alternatives(added_tokens)
         self._stops = set(stop_tokens)
@@ -58,7 +64,8 @@ class TurnFinder:
         self._lead = ""  # what stands between what inference feeds and the first word
         self._has_generation_prompt = True
         self.forms = Forms(template)
-        self._closes = True  # false: what ends a turn is how the next one begins
+        # GLM's models end their turn by the token that opens the next one: <|user|>, or <|observation|> after a call.
+        self._openings: dict[str, str] = {}
         self._probe()
 
     def drafts(self, conversation: Conversation, wanted: Sequence[int]) -> Drafts:
@@ -71,11 +78,7 @@ class TurnFinder:
         result = Drafts([])
         for i in reversed(wanted):
             prompt = self.template.render(messages[:i], tools, add_generation_prompt=True)
-            whole = (
-                self._closed(self.template.render(messages[: i + 1], tools), messages, i, tools)
-                if result.drafts
-                else ""
-            )
+            whole = self._closed(self.template.render(messages[: i + 1], tools), messages[i]) if result.drafts else ""
             turn = None
             for draft in result.drafts:
                 if turn := self._within(draft, prompt, whole, i):
@@ -111,27 +114,20 @@ class TurnFinder:
         text = self.template.render_tracked(messages[: i + 1], tools)
         if not text.startswith(prompt):
             # The template writes what comes before otherwise when a turn follows: go by what inference feeds.
-            before = self.template.render_tracked(messages[:i], tools, add_generation_prompt=True)
-            text = concat((before, text.cut(self._opening(text, prompt, i), len(text))))
-        text = self._closed(text, messages, i, tools)
+            opening = self._opening(text, prompt, i)
+            if opening is None:
+                prompt = text[: _shared(text, prompt)]
+            else:
+                before = self.template.render_tracked(messages[:i], tools, add_generation_prompt=True)
+                text = concat((before, text.cut(opening, len(text))))
+        text = self._closed(text, messages[i])
         turn = self._turn(text, text, prompt, i)
         refuse_foreign(text, turn)
         return Draft(text, [turn])
 
-    def _closed(self, whole: Text, messages: Sequence[Message], i: int, tools: list[Any] | None) -> Text:
-        """A rendering that ends with turn i, with the token by which the model ends it where the template writes none.
-
-        GLM's models end their turn by the token that opens the next one (<|user|>, or <|observation|> after a call).
-        """
-        if self._closes:
-            return whole
-        answers = {"role": "tool", "content": "probe"} if "tool_calls" in messages[i] else _PROBE[0]
-        following = messages[i + 1] if i + 1 < len(messages) else self.forms.apply([answers])[0]
-        longer = self.template.render([*messages[: i + 1], following], tools)
-        opens = self._special.match(longer, len(whole)) if longer.startswith(whole) else None
-        if opens is None or opens.group() not in self._stops:
-            return whole
-        return whole + opens.group()
+    def _closed(self, whole: Text, message: Message) -> Text:
+        """A rendering that ends with a turn, with the token by which the model ends it where the template writes none."""
+        return whole + self._openings[_CALL if "tool_calls" in message else _WORDS] if self._openings else whole
 
     def _turn(self, text: Tracked, whole: str, prompt: str, i: int) -> Turn:
         """Turn i, which stands behind `prompt` in `text`, and at the end of `whole`."""
@@ -146,17 +142,17 @@ class TurnFinder:
             start += len(self._header)
         return Turn(i, start, end)
 
-    def _opening(self, text: Tracked, prompt: str, i: int) -> int:
-        """Where turn i begins in a rendering that does not begin with `prompt`."""
+    def _opening(self, text: Tracked, prompt: str, i: int) -> int | None:
+        """Where turn i begins in a rendering that does not begin with `prompt`; None: take it as it is written."""
         first_word = min((begin for begin, _ in words_of(text, i)), default=len(text))
         place = text.rfind(self._header, 0, first_word) if self._header else -1
         if place >= 0:
             return place + len(self._header)
         if not self._header and text[:first_word].endswith(self._lead):
             return first_word - len(self._lead)
-        shared = next(
-            (k for k, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt))
-        )
+        if self._as_written:
+            return None
+        shared = _shared(text, prompt)
         raise DataError(
             f"the chat template opens the turn of message {i + 1} at inference with {shown(prompt[shared:])} but "
             f"writes it here as {shown(plain(text)[shared:])}, so training on it would not read as inference does; "
@@ -172,7 +168,7 @@ class TurnFinder:
         )
         return (
             "give dataset.chat_template a template for training, or the variable that makes them agree "
-            f"by dataset.{example}"
+            f"by dataset.{example}; dataset.on_prompt_mismatch=as_written trains such rows as they are written"
         )
 
     def _end_of_turn(self, tail: str, i: int) -> int:
@@ -205,7 +201,8 @@ class TurnFinder:
         tail = plain(whole)[words[-1][1] :]
         if match := self._special.search(tail) or self._added.search(tail):
             self._likely_stops.add(match.group())
-        self._closes = bool(tail)
+        if not tail:
+            self._openings = self._openings_as_ends()
         if whole.startswith(fed):
             self._lead = plain(whole)[len(fed) : words[0][0]]
         if self._has_generation_prompt:
@@ -213,6 +210,27 @@ class TurnFinder:
         elif self._lead.strip():
             # A space before the first word is the model's to say: it is part of the word's token.
             self._header = self._lead.rstrip(" ")
+
+    def _openings_as_ends(self) -> dict[str, str]:
+        """By kind of turn, the token that opens what follows it; nothing unless generation stops on both."""
+        found = {}
+        for kind, exchange, answer in ((_WORDS, _PROBE, _PROBE[0]), (_CALL, CALL_PROBE, TOOL_PROBE)):
+            try:
+                whole = self.template.render(self.forms.apply(exchange))
+                longer = self.template.render(self.forms.apply([*exchange, answer]))
+            except DataError:
+                return {}
+            opens = self._special.match(longer, len(whole)) if longer.startswith(whole) else None
+            if opens is None or opens.group() not in self._stops:
+                return {}
+            found[kind] = opens.group()
+        return found
+
+
+def _shared(text: str, prompt: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(text, prompt, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(text), len(prompt)))
 
 
 def _alternatives(tokens: Collection[str]) -> re.Pattern[str]:

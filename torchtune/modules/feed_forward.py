@@ -28,9 +28,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.activation is F.silu:
-            return self.down_proj(_SiluProduct.apply(gate, up))
-        return self.down_proj(self.activation(gate) * up)
+        if self.activation is not F.silu:
+            return self.down_proj(self.activation(gate) * up)
+        down = self.down_proj
+        if type(down) is Linear and down.bias is None and not (down._forward_hooks or down._forward_pre_hooks):
+            return _SiluProductLinear.apply(gate, up, down.weight)
+        return down(_SiluProduct.apply(gate, up))
 
 
 class _SiluProduct(torch.autograd.Function):
@@ -43,6 +46,30 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, grad * F.silu(gate)
+        return _silu_product_backward(grad, *ctx.saved_tensors)
+
+
+class _SiluProductLinear(torch.autograd.Function):
+    """(silu(gate) * up) @ weight.T, the weight cast on the way; the product is not kept either.
+
+    gate, up [..., D_ff], weight [D, D_ff] -> [..., D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[2]:
+            product = (F.silu(gate) * up).flatten(0, -2)
+            grad_weight = (grad.flatten(0, -2).T @ product).to(weight.dtype)
+        return *_silu_product_backward(grad @ weight.to(grad.dtype), gate, up), grad_weight
+
+
+def _silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
+    return grad_gate, grad * F.silu(gate)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 IGNORE_INDEX = -100
+VOCAB_SLICE = 16384
 
 
 class LinearCrossEntropy(nn.Module):
@@ -56,8 +57,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
             if needs_weight:
-                part = grad_logits.T @ hidden[rows]
-                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+                if grad_weight is None:
+                    grad_weight = torch.zeros_like(weight)
+                for first in range(0, weight.shape[0], VOCAB_SLICE):  # the whole product would be as large again
+                    ids = slice(first, first + VOCAB_SLICE)
+                    grad_weight[ids].add_(grad_logits[:, ids].T @ hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchtune.data.loader import DataLoader
 from torchtune.data.mix import MixReport
 from torchtune.data.report import Report
@@ -22,7 +20,6 @@ FULL_FINETUNE_LR = ((400e6, 1e-4), (2e9, 5e-5), (15e9, 2e-5), (math.inf, 1e-5))
 MIN_STEP_TOKENS, MAX_STEP_TOKENS = 512, 32_768
 STEPS_PER_EPOCH = 32
 MAX_PACK_TOKENS = 2048
-MAX_PACK_TOKENS_ON_CPU = 1024  # as fast there as longer ones, in less memory
 DEFAULT_EPOCHS = 3
 DEFAULT_CONTEXT = 8192
 
@@ -51,9 +48,7 @@ def longest_allowed(params: FinetuneParams, config: Mapping[str, Any]) -> int:
     return params.max_seq_len or min(int(config.get("max_position_embeddings") or DEFAULT_CONTEXT), DEFAULT_CONTEXT)
 
 
-def choose_batching(
-    params: FinetuneParams, report: Report | MixReport, device: torch.device, *, limit: int, world_size: int
-) -> Batching:
+def choose_batching(params: FinetuneParams, report: Report | MixReport, *, limit: int, world_size: int) -> Batching:
     """Fill in what the params leave open, by tokens.
 
     A step aims at 1/32 of an epoch, within 512 to 32,768 tokens: small data still gives enough steps to
@@ -61,7 +56,6 @@ def choose_batching(
 
     Args:
         report: what the data's check counted.
-        device: where it is trained.
         limit: the longest row allowed, in tokens.
     """
     longest, num_samples, num_tokens = report.longest, report.estimated_samples, report.estimated_tokens
@@ -70,8 +64,7 @@ def choose_batching(
         max_seq_len = params.max_seq_len
     elif params.packed:
         # A pack holds the longest sample, and else no more than a step wants.
-        most = MAX_PACK_TOKENS_ON_CPU if device.type == "cpu" else MAX_PACK_TOKENS
-        max_seq_len = min(_round_up(max(longest, min(wanted, most)), 64), limit)
+        max_seq_len = min(_round_up(max(longest, min(wanted, MAX_PACK_TOKENS)), 64), limit)
     else:
         # Rows that were not checked may be longer than those that were.
         max_seq_len = longest if report.num_checked_rows == report.num_rows else limit

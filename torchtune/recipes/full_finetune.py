@@ -164,9 +164,7 @@ class FullFinetuneRecipe:
             params, self._checkpoint, self._tokenizer, max_seq_len=limit, seed=self.seed, now=self.started
         )
         say(str(data.train.report))
-        self._batching = choices.choose_batching(
-            params, data.train.report, self._device, limit=limit, world_size=world_size()
-        )
+        self._batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=world_size())
         sampler, dataloader, self._eval_dataloader = deal(
             data, params, self._batching, seed=self.seed, until=self._open
         )
