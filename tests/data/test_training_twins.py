@@ -182,6 +182,7 @@ def reads_as_at_inference(name, conversation):
     renamed = [{("thinking" if key == "reasoning_content" else key): v for key, v in m.items()} for m in messages]
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i, (_, trained) in zip(places, ours(renderer_of(name), messages, tools), strict=True):
+        trained = trained.removesuffix("<|user|>") if name == "glm4moe" else trained  # not written by the template
         if not any(
             (whole := stock(name, form[: i + 1], tools)) is not None
             and whole.startswith((stock(name, form[:i], tools, add_generation_prompt=True) or "") + trained)
@@ -210,7 +211,7 @@ REASONS = [
     ("", None, rf"({FEEDS})(; {FEEDS})*", lambda name, conversation: True),
     # The template itself refuses such messages, or leaves out a tool's answer.
     ("", ("calling", "system"), "refused: the chat template (refuses|misses)", lambda n, c: stock(n, *CONVERSATIONS[c]) is None),
-    ("phi3", ("calling",), "refused: the chat template leaves out the content of message 3", lambda n, c: "5" not in stock(n, *CONVERSATIONS[c])),
+    ("phi3", ("calling",), "refused: the chat template leaves out the content of message 3", lambda n, c: "\n5<" not in stock(n, *CONVERSATIONS[c])),
     # Inference opens a thought that rows without one do not have.
     ("deepseek", None, "refused: the chat template opens the turn", opens_otherwise),
     ("nemotron_3", None, "refused: the chat template opens the turn", opens_otherwise),
@@ -218,6 +219,7 @@ REASONS = [
     # The twin writes earlier turns as a later prompt shows them; each of ours is trained as it is said.
     ("gptoss", ("two", "three", "code", "reasoning"), ".* for ", reads_as_at_inference),
     ("nemotron_3", ("reasoning",), ".* for ", reads_as_at_inference),
+    ("glm4moe", ("reasoning",), ".* for ", reads_as_at_inference),
     ("diffusion_gemma", ("reasoning", "calling"), ".* for ", reads_as_at_inference),
     # The stock template writes no calls at all; ours are JSON, with a note.
     ("", ("calling",), r"'\{\"name\": \"add\"", lambda n, c: "add" not in stock(n, CONVERSATIONS[c][0])),
