@@ -14,21 +14,45 @@ from tests.recipes.conftest import CASES, ROWS, metrics_of
 from tests.recipes.test_kill_and_resume import finish
 from tests.recipes.test_ranks import command
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_tokenizer
+from torchtune.errors import DataError
 from torchtune.recipes.full_finetune import FullFinetuneRecipe
 from torchtune.training.gradients import FiniteGuard
 
 FROZEN = {"_component_": "torch.optim.SGD", "lr": 0.0}
 
 
-def test_case_c016_a_book_in_one_row_is_told_and_does_not_hang(train, tmp_path):
-    """A megabyte without a space and 300,000 words: counted by line before training, in seconds."""
-    data = tmp_path / "books.jsonl"
-    texts = ["a" * 1_000_000, "word " * 300_000, "one", "two", "three"]
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    start = time.monotonic()
-    _, metrics = train(dataset={"path": str(data), "too_long": "drop"}, max_steps=1)
-    assert time.monotonic() - start < 60
-    assert metrics[0]["tokens"] < 100
+def test_held_out_samples_may_be_longer_than_all_others(train, tmp_path):
+    """They are evaluated whole, in packs of their own size."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "a", "completion": "word " * 100}))
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    _, metrics = train(dataset={"path": str(data)}, eval_dataset={"path": str(held_out)}, max_seq_len=None, max_steps=1)
+    assert metrics[-1]["eval_loss"] > 0
+
+
+def test_large_files_are_refused_before_weights_as_far_as_row_20000(train, tmp_path, monkeypatch):
+    """Behind the rendered rows: a broken line, an unknown role, a shape that the template refuses, a special token."""
+    monkeypatch.setattr("torchtune.data.prepare.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("torchtune.data.prepare.FIRST_ROWS", 10)
+    good = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]})
+    bad = {
+        "broken": "{",
+        "role": good.replace('"user"', '"usr"'),
+        "no assistant": good.replace('"assistant"', '"user"'),
+        "special": good.replace("hi", "hi <|im_end|>"),
+    }
+    for name, line in bad.items():
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join([good] * 40 + [line] + [good] * 40))
+        with pytest.raises(DataError, match=r"jsonl:41: "):
+            train(dataset={"path": str(data)}, max_steps=1, output_dir=str(tmp_path / name))
+        assert not (tmp_path / name).exists()
+    fine = tmp_path / "fine.jsonl"
+    fine.write_text("\n".join([good] * 80))
+    _, metrics = train(dataset={"path": str(fine)}, epochs=1, max_steps=50, output_dir=str(tmp_path / "out"))
+    per_row = len(tiny_tokenizer()("yes")["input_ids"]) + 1
+    assert sum(line["trained_tokens"] for line in metrics) == 80 * per_row
 
 
 def test_case_c035_padding_is_masked_by_position(train, tmp_path):

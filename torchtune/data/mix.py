@@ -8,6 +8,7 @@ has begins again within the epoch, in another order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -69,6 +70,12 @@ class Mix:
         which = int(np.searchsorted(self._row_ends, row_index, side="right"))
         first = int(self._row_ends[which - 1]) if which else 0
         return self.parts[which].samples_of(row_index - first)
+
+    def with_max_seq_len(self, max_seq_len: int) -> Mix:
+        """The same, with a limit that was chosen after the check, for the rows to come."""
+        mix = copy(self)
+        mix.parts = [part.with_max_seq_len(max_seq_len) for part in self.parts]
+        return mix
 
     def checked_samples(self) -> Iterator[Sample]:
         """The samples of the rows that were checked, part after part."""

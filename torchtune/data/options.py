@@ -57,7 +57,8 @@ class DataSource:
         default="error", description="What a row that can't be trained on does; skip counts it."
     )
     verify: Verify = Field(
-        default="first", description="Rows checked before step 1: the first 20,000 of a file over 64 MB, or all."
+        default="first",
+        description="Before step 1, of a file over 64 MB: render the first 1,000 rows and read 20,000, or render all.",
     )
     train_on: TrainOn = Field(default="assistant", description="Whose words are trained.")
     too_long: TooLong | None = Field(

@@ -1,7 +1,8 @@
 """The check before step 1: every row rendered and tokenised as it will be trained, and counted.
 
-Files under 64 MB are checked whole, and their samples stay in memory. Of larger ones the first 20,000 rows
-are; the others are rendered when the loop comes to them, by the same renderer.
+Files under 64 MB are checked whole, and their samples stay in memory. Of larger ones the first 1,000 rows are
+rendered and tokenised, and those up to 20,000 read and looked at (glance.py); all that are not in memory are
+rendered when the loop comes to them, by the same renderer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from torchtune.data.glance import glance
 from torchtune.data.options import OnBadRow, TooLong
 from torchtune.data.renderer import Rendered, Renderer
 from torchtune.data.report import Report, bad_rows
@@ -25,7 +27,7 @@ from torchtune.errors import DataError
 logger = logging.getLogger(__name__)
 
 WHOLE_BYTES = 64_000_000
-FIRST_ROWS = 20_000
+FIRST_ROWS, GLANCED_ROWS = 1000, 20_000
 CHUNK_ROWS = 256
 # All bad rows of a small file are named; nobody reads on after so many.
 MAX_ERRORS = 1000
@@ -47,6 +49,7 @@ class Prepared:
         self._renderer = renderer
         self._stored = stored
         self._on_bad_row = on_bad_row
+        self._told_of_cuts = False
 
     @property
     def num_rows(self) -> int:
@@ -93,6 +96,9 @@ class Prepared:
         kept = cut(samples, self.report.max_seq_len, self.report.too_long, counts)
         if counts.num_samples and self.report.too_long == "error":
             raise _too_long(counts, self.report)
+        if counts.num_samples and not self._told_of_cuts:
+            self._told_of_cuts = True  # one line for all: there may be a hundred thousand
+            logger.warning("%s; later ones are not named", replace(self.report, cut=counts).cut_line())
         return kept
 
     def with_max_seq_len(self, max_seq_len: int) -> Prepared:
@@ -161,7 +167,7 @@ def prepare(
         too_long: what is done with longer ones; None: too_long.py's default.
         on_bad_row: `error`: raise when any row can't be trained on, and name them; `skip`: leave them out.
         check_all: check a large file whole, too; its samples then stay in memory.
-        progress: is told rows done and rows to do, about every 256 rows.
+        progress: is told rows done and rows to do, now and then.
     Raises:
         DataError: rows can't be trained on, a sample is too long and that is an error, or nothing is left.
     """
@@ -186,8 +192,11 @@ def prepare(
         if progress is not None:
             progress(chunk.stop, report.num_checked_rows)
     stored.finish()
+    report.num_seen_rows = max(report.num_checked_rows, min(len(rows), GLANCED_ROWS))
+    known = range(report.num_checked_rows)
+    errors += glance(rows, renderer, range(known.stop, report.num_seen_rows), known=known, progress=progress)
     if errors and on_bad_row == "error":
-        raise bad_rows(errors, report.num_checked_rows)
+        raise bad_rows(errors, report.num_seen_rows)
     report.num_bad_rows, report.first_bad_row = len(errors), str(errors[0]) if errors else ""
     if report.cut.num_samples and policy == "error":
         raise _too_long(report.cut, report)

@@ -22,6 +22,7 @@ class Report:
         schema: what rows are, in words.
         num_rows: all rows.
         num_checked_rows: rows that were rendered and tokenised.
+        num_seen_rows: rows that were read, those included.
         num_samples, num_tokens, num_trained: what is trained on, after cutting.
         longest: tokens of the longest sample, after cutting.
         num_bad_rows: rows that were skipped (on_bad_row).
@@ -41,6 +42,7 @@ class Report:
     max_seq_len: int | None
     too_long: str
     num_checked_rows: int = 0
+    num_seen_rows: int = 0
     num_samples: int = 0
     num_tokens: int = 0
     num_trained: int = 0
@@ -70,7 +72,8 @@ class Report:
 
     def __str__(self) -> str:
         share = self.num_trained / max(self.num_tokens, 1)
-        which = "" if self.num_checked_rows == self.num_rows else f" (the first {self.num_checked_rows:,} checked)"
+        which = f" (the first {self.num_checked_rows:,} rendered, {self.num_seen_rows:,} read)"
+        which = "" if self.num_checked_rows == self.num_rows else which
         lines = [
             f"{self.name}: {_count(self.num_rows, 'row')}{which}; {self.schema}",
             f"{_count(self.num_samples, 'sample')}, {self.num_tokens:,} tokens, {self.num_trained:,} of them trained "

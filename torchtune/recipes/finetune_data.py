@@ -121,12 +121,13 @@ def deal(
     """
 
     def loader(source: Prepared | Mix, sampler: RowSampler) -> DataLoader:
+        limit = max(batching.max_seq_len, source.report.longest)  # held-out samples may be longer than all others
         made = DataLoader(
-            source,
+            source.with_max_seq_len(limit),
             sampler,
             batch_size=batching.batch_size,
             gradient_accumulation_steps=batching.gradient_accumulation_steps,
-            max_seq_len=batching.max_seq_len,
+            max_seq_len=limit,
             packed=params.packed,
             seed=seed,
             rank=rank(),

@@ -13,9 +13,9 @@ WHITESPACE = b" \t\r\n"
 def index_lines(data: mmap.mmap, begin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Byte offsets where lines that are not blank start and end, and their numbers from 1."""
     line_ends = []
+    view = np.frombuffer(data, dtype=np.uint8)
     for offset in range(begin, len(data), CHUNK_BYTES):
-        chunk = np.frombuffer(data[offset : offset + CHUNK_BYTES], dtype=np.uint8)
-        line_ends.append(np.flatnonzero(chunk == ord("\n")) + offset)
+        line_ends.append(np.flatnonzero(view[offset : offset + CHUNK_BYTES] == ord("\n")) + offset)
     ends = np.append(np.concatenate(line_ends), len(data))
     starts = np.append(begin, ends[:-1] + 1)
     lines = np.arange(1, len(starts) + 1)
