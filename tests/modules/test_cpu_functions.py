@@ -10,7 +10,7 @@ from torchtune.modules.losses import LinearCrossEntropy
 from torchtune.modules.norms import RMSNorm
 
 
-def plain_attention(q, k, v, documents, scale, window):
+def plain_attention(q, k, v, documents, scale, window, softcap=None):
     """Each document by explicit products and a mask."""
     group = q.shape[1] // k.shape[1]
     parts = []
@@ -22,7 +22,10 @@ def plain_attention(q, k, v, documents, scale, window):
         hidden = place[None] > place[:, None]
         if window is not None:
             hidden |= place[None] <= place[:, None] - window
-        weights = (queries @ keys.transpose(1, 2) * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = queries @ keys.transpose(1, 2) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         parts.append((weights @ values).transpose(0, 1))
     return torch.cat(parts)
 
@@ -39,13 +42,14 @@ LENGTHS = [3, 1, 31, 32, 33, 64, 127, 128, 129, 200]
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 5])
-def test_attention_in_float64(num_kv_heads, window):
-    """Values and gradients of q, k and v, grouped heads and windows."""
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_attention_in_float64(num_kv_heads, window, softcap):
+    """Values and gradients of q, k and v, grouped heads, windows and soft caps."""
     documents = Documents.from_lengths(LENGTHS)
     ours = leaves(documents.num_tokens, 4, num_kv_heads, torch.float64)
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
-    out = attend(*ours, documents, scale=0.3, window=window)
-    expected = plain_attention(*theirs, documents, 0.3, window)
+    out = attend(*ours, documents, scale=0.3, window=window, softcap=softcap)
+    expected = plain_attention(*theirs, documents, 0.3, window, softcap)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     out.backward(grad)
