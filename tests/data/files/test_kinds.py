@@ -79,6 +79,8 @@ WRITERS = {
     "rows.arrow": lambda path, rows: write_table(path, rows, "file"),
     "stream.arrow": lambda path, rows: write_table(path, rows, "stream"),
     "rows.feather": lambda path, rows: write_table(path, rows, "feather"),
+    "csv_without_suffix": lambda path, rows: path.write_bytes(csv_text(rows).encode()),
+    "tsv_without_suffix": lambda path, rows: path.write_bytes(csv_text(rows, "\t").encode()),
     "no_suffix": lambda path, rows: path.write_text(lines(rows), encoding="utf-8"),
     "parquet_without_suffix": lambda path, rows: write_table(path, rows, "parquet"),
 }

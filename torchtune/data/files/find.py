@@ -184,11 +184,13 @@ def kind_of(name: str, file: Path) -> str:
     if suffix in OTHERS:
         raise UnsupportedError(f"{name}: {OTHERS[suffix]} files can't be read; {READS}")
     with open(file, "rb") as opened:
-        first = opened.read(8)
+        first = opened.readline(4096)
     for magic, kind in MAGIC.items():
         if first.startswith(magic):
             return kind
-    return KINDS.get(suffix, "json")
+    # Standard input and files without an ending: a header line has delimiters and no brace or bracket.
+    is_header = any(mark in first for mark in b",;\t") and not any(mark in first for mark in b"{}[]:")
+    return KINDS.get(suffix, "csv" if is_header else "json")
 
 
 def _suffix(file: Path) -> str:
