@@ -10,7 +10,8 @@ from torchtune.data.template import ChatTemplate, Message
 from torchtune.data.turn_checks import REASONING, words_of
 from torchtune.errors import DataError
 
-_PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
+# A made-up exchange, by which a template is asked how it reads and writes.
+PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
 
 
 class Forms:
@@ -22,7 +23,7 @@ class Forms:
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
-        self._content_in_parts = not _writes(template, _PROBE) and _writes(template, _in_parts(_PROBE))
+        self._content_in_parts = not _writes(template, PROBE) and _writes(template, _in_parts(PROBE))
         self._reasoning = _reasoning_key(template.source)
         self._calls_as: str | None = None
 

@@ -13,6 +13,7 @@ from typing import Any
 from torchtune.data.reading import Conversation, Text
 from torchtune.data.renderer import Renderer
 from torchtune.data.rows import LeftOut, Rows
+from torchtune.data.turn_checks import any_of
 from torchtune.errors import DataError
 
 Shape = tuple[Any, ...]
@@ -28,8 +29,7 @@ def glance(
         known: rows that were rendered already; their shapes need no second look.
         progress: is told rows done and rows to do.
     """
-    specials = sorted(filter(None, renderer.tokenizer.special_tokens), key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+    special = any_of(renderer.tokenizer.special_tokens)
     shapes: set[Shape] = set()
     for index in known:
         try:

@@ -22,6 +22,7 @@ Verify = Literal["first", "all"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
+# As config/strict.py, which is above this package.
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 

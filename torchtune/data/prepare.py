@@ -194,7 +194,8 @@ def prepare(
     stored.finish()
     report.num_seen_rows = max(report.num_checked_rows, min(len(rows), GLANCED_ROWS))
     known = range(report.num_checked_rows)
-    errors += glance(rows, renderer, range(known.stop, report.num_seen_rows), known=known, progress=progress)
+    if len(errors) < MAX_ERRORS:
+        errors += glance(rows, renderer, range(known.stop, report.num_seen_rows), known=known, progress=progress)
     if errors and on_bad_row == "error":
         raise bad_rows(errors, report.num_seen_rows)
     report.num_bad_rows, report.first_bad_row = len(errors), str(errors[0]) if errors else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from torchtune.data.draft import Turn
 from torchtune.data.reading import Conversation
@@ -86,3 +87,9 @@ def compare_marks(text: Tracked, turn: Turn) -> str | None:
 def shown(text: str) -> str:
     """`text` in quotes, cut short."""
     return repr(plain(text) if len(text) <= _SHOWN_CHARS else plain(text)[:_SHOWN_CHARS] + "...")
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `tokens`, the longest first; nothing if there are none."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

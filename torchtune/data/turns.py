@@ -12,24 +12,22 @@ words is an error, not a mask.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from torchtune.data.calls import CALL_PROBE, TOOL_PROBE
 from torchtune.data.draft import Draft, Drafts, Turn
-from torchtune.data.forms import Forms
+from torchtune.data.forms import PROBE, Forms
 from torchtune.data.reading import Conversation
 from torchtune.data.template import ChatTemplate, Message
 from torchtune.data.tracked import Tracked, concat, plain
-from torchtune.data.turn_checks import compare_marks, left_out, refuse_foreign, shown, words_of
+from torchtune.data.turn_checks import any_of, compare_marks, left_out, refuse_foreign, shown, words_of
 from torchtune.errors import DataError
 
 Text = TypeVar("Text", str, Tracked)
 # Variables by which templates switch off the reasoning that they open at inference.
 THINKING_VARIABLES = ("enable_thinking", "thinking")
 _WORDS, _CALL = "words", "call"
-_PROBE: list[Message] = [{"role": "user", "content": "probe-u"}, {"role": "assistant", "content": "probe-a"}]
 
 
 class TurnFinder:
@@ -56,8 +54,8 @@ class TurnFinder:
     ) -> None:
         self.template = template
         self._as_written = as_written
-        self._special = _alternatives(special_tokens)
-        self._added = _alternatives(added_tokens)
+        self._special = any_of(special_tokens)
+        self._added = any_of(added_tokens)
         self._stops = set(stop_tokens)
         self._likely_stops = {eos_token} if eos_token else set()  # and what ends a made-up turn
         self._header = ""  # what opens the assistant's turn: the generation prompt, or what stands in its place
@@ -161,14 +159,10 @@ class TurnFinder:
 
     def _remedy(self) -> str:
         variable = next((name for name in THINKING_VARIABLES if name in self.template.source), None)
-        example = (
-            f"chat_template_kwargs={{{variable}: false}}, for rows without reasoning"
-            if variable
-            else ("chat_template_kwargs")
-        )
+        example = f"={{{variable}: false}}, for rows without reasoning" if variable else ""
         return (
             "give dataset.chat_template a template for training, or the variable that makes them agree "
-            f"by dataset.{example}; dataset.on_prompt_mismatch=as_written trains such rows as they are written"
+            f"by dataset.chat_template_kwargs{example}; dataset.on_prompt_mismatch=as_written trains such rows as they are written"
         )
 
     def _end_of_turn(self, tail: str, i: int) -> int:
@@ -188,7 +182,7 @@ class TurnFinder:
     def _probe(self) -> None:
         """Learn from a made-up exchange how this template opens and ends the assistant's turn."""
         try:
-            probe = self.forms.apply(_PROBE)
+            probe = self.forms.apply(PROBE)
             fed = self.template.render(probe[:1], add_generation_prompt=True)
             without = self.template.render(probe[:1])
             whole = self.template.render_tracked(probe)
@@ -214,7 +208,7 @@ class TurnFinder:
     def _openings_as_ends(self) -> dict[str, str]:
         """By kind of turn, the token that opens what follows it; nothing unless generation stops on both."""
         found = {}
-        for kind, exchange, answer in ((_WORDS, _PROBE, _PROBE[0]), (_CALL, CALL_PROBE, TOOL_PROBE)):
+        for kind, exchange, answer in ((_WORDS, PROBE, PROBE[0]), (_CALL, CALL_PROBE, TOOL_PROBE)):
             try:
                 whole = self.template.render(self.forms.apply(exchange))
                 longer = self.template.render(self.forms.apply([*exchange, answer]))
@@ -231,9 +225,3 @@ def _shared(text: str, prompt: str) -> int:
     """How many characters both begin with."""
     pairs = enumerate(zip(text, prompt, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(text), len(prompt)))
-
-
-def _alternatives(tokens: Collection[str]) -> re.Pattern[str]:
-    """Matches any of `tokens`, the longest first; nothing if there are none."""
-    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -26,6 +26,7 @@ from torchtune.errors import TrainingError
 
 T = TypeVar("T")
 CHUNK_ROWS = 16  # rows a worker is asked for at once: few enough to end soon, enough to outweigh the asking
+_NO_MORE: Any = object()
 CHUNKS_AHEAD = 2  # chunks that a worker may have before it: one to work at, one to go on with
 
 
@@ -93,11 +94,11 @@ class Ahead(Generic[T]):
             items = self._make_items(self._stop)
             try:
                 while self._wanted.acquire() and not self._stop.is_set():
-                    self._ready.put((True, next(items)))
+                    if (item := next(items, _NO_MORE)) is _NO_MORE:
+                        break
+                    self._ready.put((True, item))
             finally:
                 items.close()  # so that its own `finally` runs here, in the thread that it worked in
-        except StopIteration:
-            pass
         except BaseException as error:  # handed to the loop, whatever it is
             end = error
         self._ready.put((False, end))

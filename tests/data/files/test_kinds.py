@@ -72,6 +72,7 @@ WRITERS = {
     "rows.csv": lambda path, rows: path.write_bytes(csv_text(rows).encode()),
     "semicolon.csv": lambda path, rows: path.write_bytes(csv_text(rows, ";", "\n").encode("utf-8-sig")),
     "rows.tsv": lambda path, rows: path.write_bytes(csv_text(rows, "\t").encode()),
+    "rows.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(rows).encode())),
     "rows.jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(lines(rows).encode())),
     "rows.csv.gz": lambda path, rows: path.write_bytes(gzip.compress(csv_text(rows).encode())),
     "rows.jsonl.zst": lambda path, rows: path.write_bytes(zstd(lines(rows).encode())),

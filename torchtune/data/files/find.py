@@ -84,7 +84,7 @@ def check_paths(paths: Sequence[str], how: How) -> None:
     for path in paths:
         if path != STDIN and not _is_hub_id(path):
             for found in _find(path, how):
-                kind_of(found.name, found.file)
+                _refuse_others(found)
 
 
 def _find(path: str, how: How) -> Iterator[Found]:
@@ -161,12 +161,13 @@ def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
 
 
 def _open(found: Found, how: How) -> RowFile:
-    kind = kind_of(found.name, found.file)
+    _refuse_others(found)
     name, file = found.name, found.file
     if file.stat().st_size == 0:
         raise DataError("the file is empty", source=name)
     if file.suffix.lower() in COMPRESSED:
         file = decompressed(file)
+    kind = _kind(_suffix(found.file), file)
     if kind == "table":
         return TableFile(name, as_arrow(file))
     if kind in ("csv", "tsv"):
@@ -174,15 +175,14 @@ def _open(found: Found, how: How) -> RowFile:
     return TextFile(name, file, how.sample_by) if kind == "text" else JsonFile(name, file)
 
 
-def kind_of(name: str, file: Path) -> str:
-    """`json`, `csv`, `tsv`, `table` or `text`, by the name's ending, else by the first bytes.
-
-    Raises:
-        UnsupportedError: it is of a kind that is not read; says which are.
-    """
-    suffix = _suffix(file)
+def _refuse_others(found: Found) -> None:
+    suffix = _suffix(found.file)
     if suffix in OTHERS:
-        raise UnsupportedError(f"{name}: {OTHERS[suffix]} files can't be read; {READS}")
+        raise UnsupportedError(f"{found.name}: {OTHERS[suffix]} files can't be read; {READS}")
+
+
+def _kind(suffix: str, file: Path) -> str:
+    """`json`, `csv`, `tsv`, `table` or `text`, by what the first bytes say, else by the name's ending."""
     with open(file, "rb") as opened:
         first = opened.readline(4096)
     for magic, kind in MAGIC.items():
