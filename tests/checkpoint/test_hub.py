@@ -1,16 +1,11 @@
 """Hub ids, against a local stand-in for the hub's HTTP API; no internet."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.hub_server import HubHandler, run_against, served
 from tests.tiny_checkpoint import save_tiny_checkpoint
 from torchtune.checkpoint.hub import resolve
 from torchtune.errors import CheckpointError
@@ -21,16 +16,10 @@ OPEN = (
 )
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Serves one repository, `org/tiny`; `org/gated` is gated."""
 
-    folder: Path
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
+    commit = COMMIT
 
     def answer(self, *, body):
         path = self.path.partition("?")[0]
@@ -47,40 +36,20 @@ class Hub(BaseHTTPRequestHandler):
         name = path.partition("/resolve/")[2].partition("/")[2]
         file = self.folder / name
         if path.startswith("/org/tiny/") and name and file.is_file():
-            content = file.read_bytes()
-            etag = hashlib.sha256(content).hexdigest()
-            return self.send(content, body, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            return self.send_file(file, body)
         return self.send(b"", body, 404, {"X-Error-Code": "RepoNotFound"})
-
-    def send(self, content, body, status=200, headers=None):
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        """Quiet."""
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
     folder = save_tiny_checkpoint(tmp_path_factory.mktemp("hub") / "tiny")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle that nobody wants")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with served(Hub, folder) as url:
+        yield url
 
 
 def run(code, *arguments, endpoint, home):
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_HUB_OFFLINE", None)
-    program = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(program, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return run_against(endpoint, code, *arguments, home=home)
 
 
 def test_a_hub_id_is_opened(endpoint, tmp_path):

@@ -60,11 +60,6 @@ class Mix:
         """What the check found in all parts, for an epoch of the mix."""
         return MixReport([part.report for part in self.parts], self.rows_per_epoch)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each checked sample."""
-        return np.concatenate([part.lengths for part in self.parts])
-
     def samples_of(self, row_index: int) -> list[Sample]:
         """The samples of one row, counted over all parts; raises DataError as the part does."""
         which = int(np.searchsorted(self._row_ends, row_index, side="right"))

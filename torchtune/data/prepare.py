@@ -61,11 +61,6 @@ class Prepared:
         """Whether every sample is in memory."""
         return self.report.num_checked_rows == len(self.rows)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each checked sample, in row order."""
-        return np.diff(self._stored.sample_ends, prepend=0)
-
     def checked_samples(self) -> Iterator[Sample]:
         """The samples of the rows that were checked, in row order."""
         for row in range(self.report.num_checked_rows):

@@ -1,16 +1,11 @@
 """Data sets by hub id, against a local stand-in for the hub's HTTP API; no internet."""
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+
+from tests.hub_server import HubHandler, run_against, served
 
 pytest.importorskip("datasets")
 
@@ -28,20 +23,10 @@ print(json.dumps([[row.record, row.source] for row in open_rows(sys.argv[1], how
 """
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Serves the data set `org/chats`."""
 
-    folder: Path
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.answer(body=True)
+    commit = COMMIT
 
     def answer(self, *, body):
         path = unquote(self.path.partition("?")[0])
@@ -59,23 +44,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(json.dumps(about).encode(), body)
         file = self.folder / path.rpartition("/")[2]
         if path.startswith("/datasets/org/chats/resolve/") and file.is_file():
-            content = file.read_bytes()
-            etag = hashlib.sha256(content).hexdigest()
-            return self.send(content, body, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            return self.send_file(file, body)
         return self.send(b"", body, 404, {"X-Error-Code": "RepoNotFound" if "resolve" not in path else "EntryNotFound"})
-
-    def send(self, content, body, status=200, headers=None):
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        """Quiet."""
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +53,12 @@ def endpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     for name, rows in FILES.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"folder": folder}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with served(Hub, folder) as url:
+        yield url
 
 
 def run(*arguments, endpoint, home):
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"TORCHTUNE_CACHE": str(home / "torchtune")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    program = [sys.executable, "-c", OPEN, *arguments]
-    return subprocess.run(program, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return run_against(endpoint, OPEN, *arguments, home=home)
 
 
 @pytest.mark.parametrize(
