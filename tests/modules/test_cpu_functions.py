@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from torchtune.modules.attention import attend
 from torchtune.modules.documents import Documents
+from torchtune.modules.feed_forward import FeedForward
+from torchtune.modules.linear import Linear
 from torchtune.modules.losses import LinearCrossEntropy
 from torchtune.modules.norms import RMSNorm
 
@@ -131,3 +133,53 @@ def test_rms_norm_gradients():
         return torch.func.functional_call(norm, {"weight": weight}, (value,))
 
     assert torch.autograd.gradcheck(by_weight, (x, norm.weight.detach().clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_weight_that_is_cast_on_the_way(bias, frozen):
+    """float32 weights under float64 inputs: values and gradients of plain autograd, each gradient in its own type."""
+    torch.manual_seed(0)
+    layer = Linear(6, 5, bias=bias)
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    weight = layer.weight.detach().double().requires_grad_()
+    expected = F.linear(other, weight, layer.bias.detach().double() if bias else None)
+    out = layer(x)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(x.grad, other.grad)
+    if frozen:
+        assert layer.weight.grad is None
+    else:
+        torch.testing.assert_close(layer.weight.grad, weight.grad.float())
+    if bias:
+        torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)).float())
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gated_feed_forward(dtype, hooked):
+    """down(silu(gate) * up) in float64 from float64 or float32 weights, also where something hooks into down_proj."""
+    torch.manual_seed(0)
+    block = FeedForward(6, 10).to(dtype)
+    seen = []
+    if hooked:
+        block.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    named = {name: value.detach().double().requires_grad_() for name, value in block.named_parameters()}
+    gate, up, down = (named[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
+    expected = (F.silu(other @ gate.T) * (other @ up.T)) @ down.T
+    out = block(x)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(x.grad, other.grad)
+    for name, value in block.named_parameters():
+        torch.testing.assert_close(value.grad, named[name].grad.to(dtype))
+    assert bool(seen) == hooked
