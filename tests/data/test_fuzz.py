@@ -60,6 +60,8 @@ def test_no_mask_covers_another_roles_words(name, policy, messages):
     for index, message in enumerate(messages):
         mark = f"{OPEN}{message['role'][0]}{index}:"
         assert any(mark in text for text in trained) == (message["role"] == "assistant")
+    # Nothing before the assistant's first word is trained, no header and nobody else's end.
+    assert all(text.lstrip().startswith(OPEN) for text in trained)
     if policy == "split":
         for message in messages[1::2]:
             assert any(message["content"].strip() in text for text in trained)
