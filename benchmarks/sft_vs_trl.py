@@ -90,7 +90,7 @@ def float32_checkpoint(folder: Path) -> Path:
     checkpoint.load_into(model)
     for name, header in checkpoint.tensors.items():
         checkpoint.weights.headers[name] = type(header)(header.shape, torch.float32, header.file)
-    save_model(folder, model.named_parameters(), checkpoint)
+    save_model(folder, model, checkpoint)
     return folder
 
 

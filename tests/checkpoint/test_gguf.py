@@ -141,7 +141,7 @@ def test_saved_as_bf16_unless_it_was_float32(tmp_path):
     ):
         checkpoint, model = loaded(write_gguf(tmp_path / f"{kind}.gguf", kind=kind))
         out = tmp_path / f"out-{kind}"
-        save_model(out, model.named_parameters(), checkpoint)
+        save_model(out, model, checkpoint)
         assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
         theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, dtype="auto")
         assert theirs.dtype == dtype

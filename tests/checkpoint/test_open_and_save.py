@@ -48,7 +48,7 @@ def test_load_then_save_changes_no_byte(tmp_path, kind):
     model = built(checkpoint)
     checkpoint.load_into(model)
     target = tmp_path / "target"
-    save_model(target, model.named_parameters(), checkpoint, max_shard_bytes=100_000 if size else 10**9)
+    save_model(target, model, checkpoint, max_shard_bytes=100_000 if size else 10**9)
     before = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
     after = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert before.keys() == after.keys()
@@ -69,7 +69,7 @@ def test_a_copy_of_a_tied_head_is_written_again(tmp_path, folder):
     checkpoint = open_checkpoint(folder)
     model = built(checkpoint)
     checkpoint.load_into(model)
-    save_model(tmp_path / "out", model.named_parameters(), checkpoint)
+    save_model(tmp_path / "out", model, checkpoint)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
 
@@ -133,7 +133,7 @@ def test_case_c066_dtype_spellings(folder, tmp_path, config, caplog):
         assert "dtype wins" in caplog.text
     model = built(checkpoint)
     checkpoint.load_into(model)
-    save_model(tmp_path / "out", model.named_parameters(), checkpoint)
+    save_model(tmp_path / "out", model, checkpoint)
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key for key in ("dtype", "torch_dtype") if key in saved} == set(spelled)
 
@@ -168,7 +168,6 @@ def test_case_c087_a_quantised_base_is_refused_by_method(folder):
         ({"model_type": "t5"}, "model_type 't5'"),
         ({"hidden_act": "tanh"}, "hidden_act: 'tanh'"),
         ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, "did you mean 'yarn'?"),
-        ({"attention_dropout": 0.5}, "attention_dropout: 0.5"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
     ],
 )
@@ -178,6 +177,13 @@ def test_what_is_not_built_here_is_refused_by_name(folder, changes, said):
     with pytest.raises(UnsupportedError) as caught:
         built(open_checkpoint(folder))
     assert said in str(caught.value)
+
+
+def test_dropout_of_pre_training_is_said_to_be_left_off(folder, caplog):
+    """Fine-tuning uses none, so a config that has one is loaded, and not silently."""
+    change_config(folder, attention_dropout=0.5)
+    built(open_checkpoint(folder))
+    assert "attention_dropout: 0.5 is not applied" in caplog.text
 
 
 def test_an_index_can_not_reach_outside_its_folder(sharded):
@@ -199,7 +205,7 @@ def test_sidecars_and_templates_are_carried_over(folder, tmp_path):
     assert checkpoint.stop_ids == [3, 1]
     model = built(checkpoint)
     checkpoint.load_into(model)
-    save_model(tmp_path / "out", model.named_parameters(), checkpoint)
+    save_model(tmp_path / "out", model, checkpoint)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in folder.iterdir()} - {"training_args.bin"}
     for name in ("tokenizer.json", "generation_config.json", "LICENSE"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchtune.modules.attention import attend
+from torchtune.modules.attend import Scores, attend
 from torchtune.modules.documents import Documents
 from torchtune.modules.feed_forward import FeedForward
 from torchtune.modules.linear import Linear
@@ -50,7 +50,7 @@ def test_attention_in_float64(num_kv_heads, window, softcap):
     documents = Documents.from_lengths(LENGTHS)
     ours = leaves(documents.num_tokens, 4, num_kv_heads, torch.float64)
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
-    out = attend(*ours, documents, scale=0.3, window=window, softcap=softcap)
+    out = attend(*ours, documents, Scores(0.3, window, softcap=softcap))
     expected = plain_attention(*theirs, documents, 0.3, window, softcap)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
@@ -67,7 +67,7 @@ def test_grouped_attention_in_half_precision(dtype, num_kv_heads):
     documents = Documents.from_lengths(LENGTHS)
     ours = leaves(documents.num_tokens, 3, num_kv_heads, dtype)
     theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
-    out = attend(*ours, documents, scale=0.3)
+    out = attend(*ours, documents, Scores(0.3))
     expected = plain_attention(*theirs, documents, 0.3, None)
     grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
     out.backward(grad)
@@ -81,12 +81,12 @@ def test_grouped_attention_in_half_precision(dtype, num_kv_heads):
 def test_a_document_is_unchanged_by_its_neighbours():
     """Packing must be invisible, in a group of short documents too."""
     q, k, v = leaves(60, 4, 2, torch.bfloat16)
-    packed = attend(q, k, v, Documents.from_lengths([20, 7, 33]), scale=0.3)
+    packed = attend(q, k, v, Documents.from_lengths([20, 7, 33]), Scores(0.3))
     changed = [tensor.detach().clone() for tensor in (q, k, v)]
     for tensor in changed:
         tensor[:20] = 7.0
         tensor[27:] = -7.0
-    assert torch.equal(attend(*changed, Documents.from_lengths([20, 7, 33]), scale=0.3)[20:27], packed[20:27])
+    assert torch.equal(attend(*changed, Documents.from_lengths([20, 7, 33]), Scores(0.3))[20:27], packed[20:27])
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 64])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +20,14 @@ from torchtune.checkpoint.gguf_config import hf_config, hf_generation_config, hf
 from torchtune.checkpoint.headers import TensorHeader, read_json
 from torchtune.checkpoint.hub import resolve
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
+from torchtune.modules.decoder import CausalLM
+from torchtune.modules.stored import fit_layouts, stored_pieces, stored_tensors
 from torchtune.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-TIED_HEAD = "lm_head.weight"
+TIED_HEADS = ("lm_head.weight", "embed_out.weight")
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attention\.(bias|masked_bias)$", r"attn\.(bias|masked_bias)$")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -69,6 +73,15 @@ class Checkpoint:
     def num_parameters(self) -> int:
         """Elements of all tensors."""
         return sum(torch.Size(header.shape).numel() for header in self.tensors.values())
+
+    @property
+    def held_dtype(self) -> torch.dtype:
+        """The type that most of its elements have."""
+        sizes: dict[torch.dtype, int] = {}
+        for header in self.tensors.values():
+            if header.dtype.is_floating_point:
+                sizes[header.dtype] = sizes.get(header.dtype, 0) + torch.Size(header.shape).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
@@ -124,14 +137,17 @@ class Checkpoint:
             self.generation_config = {**(self.generation_config or {}), "eos_token_id": [*stops, *new]}
         return new
 
-    def check(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+    def check(self, model: CausalLM, tokenizer: Tokenizer | None = None) -> None:
         """Compare the headers with a model (on any device, meta included); no weight is read.
+
+        Where the family's checkpoints are written in several ways, the model takes on the one of this checkpoint.
 
         Raises:
             CheckpointError: tensors missing, left over or of another shape; or tokens without an embedding.
         """
-        expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-        left_over = set(self.tensors) - set(expected) - self._ignorable(expected)
+        fit_layouts(model, self.tensors)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        left_over = set(self.tensors) - set(expected) - self.carried(model)
         problems = [
             f"tensor '{name}' is missing{did_you_mean(name, left_over)}"
             for name in expected
@@ -145,28 +161,40 @@ class Checkpoint:
             shown = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
             raise CheckpointError(f"does not fit its config.json:\n  {shown}", path=self.path)
         if tokenizer is not None:
-            self._check_vocabulary(tokenizer, expected["model.embed_tokens.weight"][0])
+            self._check_vocabulary(tokenizer, model.model.embed_tokens.num_embeddings)
 
     def load_into(
-        self, model: nn.Module, *, device: torch.device | str = "cpu", param_dtype: torch.dtype = torch.float32
+        self, model: CausalLM, *, device: torch.device | str = "cpu", param_dtype: torch.dtype = torch.float32
     ) -> None:
         """Give a meta model its parameters, tensor by tensor.
 
         Args:
-            param_dtype: the type of the parameters in memory.
+            param_dtype: the type of the parameters in memory; saved buffers stay float32.
         Raises:
             CheckpointError: as `check`.
         """
         self.check(model)
-        for name, parameter in list(model.named_parameters()):
-            loaded = self.weights.read(name).to(device=device, dtype=param_dtype)
-            _assign(model, name, nn.Parameter(loaded, requires_grad=parameter.requires_grad))
+        pieces = stored_pieces(model)
+        for name, tensor in stored_tensors(model).items():
+            is_parameter = isinstance(tensor, nn.Parameter)
+            dtype = param_dtype if is_parameter else torch.float32
+            # One copy of the weights in memory: each tensor is copied once, out of a mapped file.
+            loaded = torch.empty(tensor.shape, dtype=dtype, device=device)
+            for piece in pieces[name]:
+                loaded[piece.index].copy_(self.weights.read(piece.name))
+            _assign(model, name, nn.Parameter(loaded, tensor.requires_grad) if is_parameter else loaded)
         self.weights.close()
 
-    def _ignorable(self, expected: Mapping[str, Any]) -> set[str]:
-        """A copy of a tied head, and what old files keep of rotary frequencies, are no weights of the model."""
-        tied = {TIED_HEAD} if TIED_HEAD not in expected else set()
-        return tied | {name for name in self.tensors if name.endswith("rotary_emb.inv_freq")}
+    def carried(self, model: CausalLM) -> set[str]:
+        """The tensors that are not the model's and are written again as they were, where it can be saved so.
+
+        They are a copy of a tied head, what old files keep of rotary frequencies and masks, and parts of a larger
+        model.
+        """
+        stored_head = [piece.name for piece in stored_pieces(model).get("lm_head.weight", [])]
+        tied = set() if stored_head else {name for name in self.tensors if name.endswith(TIED_HEADS)}
+        patterns = (*OLD_BUFFERS, *model.carried)
+        return tied | {name for name in self.tensors if any(re.search(pattern, name) for pattern in patterns)}
 
     def _check_vocabulary(self, tokenizer: Tokenizer, num_rows: int) -> None:
         beyond = {token: i for token, i in tokenizer.added_tokens.items() if i >= num_rows and i != tokenizer.pad_id}
@@ -278,6 +306,6 @@ def _check_config(checkpoint: Checkpoint) -> None:
         logger.warning("%s: dtype is %s and torch_dtype %s; dtype wins", checkpoint.path, *spellings.values())
 
 
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     module_name, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module_name), attribute, parameter)
+    setattr(model.get_submodule(module_name), attribute, tensor)

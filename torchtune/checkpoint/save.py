@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchtune.checkpoint.folder import INDEX, SINGLE
-from torchtune.checkpoint.open import TIED_HEAD, Checkpoint
+from torchtune.checkpoint.open import TIED_HEADS, Checkpoint
+from torchtune.modules.decoder import CausalLM
+from torchtune.modules.stored import as_stored, stored_pieces, stored_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Weights in any form, and what belongs to a run of ours; everything else of a folder is carried over.
@@ -24,22 +26,26 @@ MAX_CARRIED_BYTES = 100 * 2**20
 
 def save_model(
     folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    model: CausalLM,
     checkpoint: Checkpoint,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write a model into `folder` as the checkpoint that it came from.
 
     Each tensor gets the type that it has in `checkpoint`, the names are the same, no field of the config is
-    dropped, and a tied head is written only where the source had a copy of it.
+    dropped, a tied head is written only where the source had a copy of it, and what the source holds beside the
+    model (a vision tower) is written as it was.
 
     Args:
-        tensors: names and values, of any float type, on any device.
-        max_shard_bytes: bytes of a file at most; beyond it there are shards and an index.
+        model: its parameters may have any float type, on any device.
+        max_shard_bytes: bytes of a file at most; beyond it there are shards and an index. By default those of the
+            source's largest shard, or 5 GB where it is one file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, _as_in_source(tensors, checkpoint), checkpoint, max_shard_bytes)
+    _write_weights(
+        folder, _as_in_source(model, checkpoint), max_shard_bytes or _shard_bytes(checkpoint) or MAX_SHARD_BYTES
+    )
     _write_json(folder / "config.json", _honest_config(checkpoint))
     if checkpoint.generation_config is not None:
         _write_json(folder / "generation_config.json", checkpoint.generation_config)
@@ -51,23 +57,37 @@ def save_model(
         _carry_over(checkpoint.path, folder)
 
 
-def saved_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """The type in which `save_model` writes a tensor."""
-    return checkpoint.tensors[name].dtype
-
-
-def _as_in_source(tensors: Iterable[tuple[str, Tensor]], checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    has_head_copy = TIED_HEAD in checkpoint.tensors
-    for name, tensor in tensors:
-        saved = tensor.detach().to(device="cpu", dtype=saved_dtype(checkpoint, name)).contiguous()
+def _as_in_source(model: CausalLM, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    carried = checkpoint.carried(model)
+    embedding = _stored_embedding(model)
+    for name, tensor in as_stored(model, stored_tensors(model)):
+        dtype = checkpoint.tensors[name].dtype
+        saved = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
         yield name, saved
-        if name == TIED_HEAD:
-            has_head_copy = False
-        if name == "model.embed_tokens.weight" and has_head_copy and checkpoint.config.get("tie_word_embeddings"):
-            yield TIED_HEAD, saved.clone()
+        if name == embedding and model.is_tied:
+            for head in sorted(carried):
+                if head.endswith(TIED_HEADS):
+                    yield head, saved.clone()
+    for name in sorted(carried):
+        if not (model.is_tied and name.endswith(TIED_HEADS)):
+            yield name, checkpoint.weights.read(name)
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], source: Checkpoint, max_bytes: int) -> None:
+def _stored_embedding(model: CausalLM) -> str:
+    weight = model.model.embed_tokens.weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    return stored_pieces(model)[name][0].name
+
+
+def _shard_bytes(checkpoint: Checkpoint) -> int | None:
+    """Bytes of the source's largest shard; None where all lies in one file."""
+    sizes: dict[Path, int] = {}
+    for header in checkpoint.tensors.values():
+        sizes[header.file] = sizes.get(header.file, 0) + torch.Size(header.shape).numel() * header.dtype.itemsize
+    return max(sizes.values()) if len(sizes) > 1 else None
+
+
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_bytes: int) -> None:
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     num_bytes = total = 0
@@ -99,10 +119,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], source: 
 def _honest_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The source's config; its dtype key, under the spelling it has, says what the file holds."""
     config = dict(checkpoint.config)
-    sizes: dict[torch.dtype, int] = {}
-    for header in checkpoint.tensors.values():
-        sizes[header.dtype] = sizes.get(header.dtype, 0) + torch.Size(header.shape).numel()
-    held = max(sizes, key=lambda dtype: sizes[dtype])
+    held = checkpoint.held_dtype
     for key in ("dtype", "torch_dtype"):
         if config.get(key) is not None and str(config[key]).removeprefix("torch.") != str(held).removeprefix("torch."):
             config[key] = str(held).removeprefix("torch.")
@@ -126,10 +143,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def masters(named: Iterable[tuple[str, Tensor]], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The parameters that the model's files would round: what a resume needs besides them."""
-    return {
-        name: tensor
-        for name, tensor in named
-        if torch.promote_types(saved_dtype(checkpoint, name), tensor.dtype) != saved_dtype(checkpoint, name)
-    }
+def masters(model: CausalLM, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The parameters that the model's files would round, by name: what a resume needs besides them."""
+    pieces = stored_pieces(model)
+    rounded: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        dtype = checkpoint.tensors[pieces[name][0].name].dtype
+        if torch.promote_types(dtype, parameter.dtype) != dtype:
+            rounded[name] = parameter
+    return rounded

@@ -6,10 +6,13 @@ and options that would change the numbers but are not built here are refused by 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torchtune.errors import CheckpointError, UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 _NO_DEFAULT = object()
 
@@ -52,13 +55,39 @@ class HFConfig:
     @property
     def rope_parameters(self) -> dict[str, Any]:
         """The rotary options in the newer spelling, with `rope_type` and `rope_theta`."""
-        rope = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
+        return self._complete(self.get("rope_parameters") or self.get("rope_scaling") or {}, self._rope_theta)
+
+    def rope_parameters_of(self, layer_type: str, *, rope_theta: float | None = None) -> dict[str, Any]:
+        """The rotary options of a kind of layer, where each kind has its own; else those of all.
+
+        Args:
+            layer_type: as in `layer_types`.
+            rope_theta: the base of this kind, where the config does not say it.
+        """
+        given = self.get("rope_parameters") or {}
+        by_type = any(isinstance(options, Mapping) for options in given.values())
+        options = (given.get(layer_type) or {}) if by_type else given
+        return self._complete(options, self._rope_theta if rope_theta is None else rope_theta)
+
+    @property
+    def _rope_theta(self) -> float:
+        return float(self.get("rope_theta") or 10_000.0)
+
+    def _complete(self, options: Mapping[str, Any], rope_theta: float) -> dict[str, Any]:
+        rope = dict(options)
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-        rope.setdefault("rope_theta", self.get("rope_theta", 10_000.0))
+        if rope.get("rope_theta") is None:
+            rope["rope_theta"] = rope_theta
         for name in ("partial_rotary_factor", "original_max_position_embeddings"):
             if self.get(name) is not None:
                 rope.setdefault(name, self.get(name))
         return rope
+
+    def leave_off_dropout(self, *names: str) -> None:
+        """Say once which dropout of pre-training is not applied; fine-tuning here uses none."""
+        for name in names:
+            if self.get(name):
+                logger.warning("config.json: %s: %s is not applied; fine-tuning uses no dropout", name, self.get(name))
 
     def refuse(self, name: str, allowed: tuple[Any, ...]) -> None:
         """Refuse a value of `name` that is not built here.
@@ -71,17 +100,34 @@ class HFConfig:
             raise UnsupportedError(f"config.json: {name}: {value!r} is not supported; supported: {allowed}")
 
 
+def layer_types(config: HFConfig, allowed: tuple[str, ...] = ("full_attention", "sliding_attention")) -> list[str]:
+    """The kind of each layer's attention, as `layer_types` has it.
+
+    Raises:
+        UnsupportedError: another kind, or not one for each layer.
+    """
+    types = list(config.layer_types)
+    unknown = set(types) - set(allowed)
+    if unknown or len(types) != config.num_hidden_layers:
+        raise UnsupportedError(
+            f"config.json: layer_types: {sorted(unknown) or len(types)} does not fit; it needs "
+            f"{config.num_hidden_layers} of {', '.join(repr(name) for name in allowed)}"
+        )
+    return types
+
+
 def layer_windows(config: HFConfig) -> list[int | None]:
     """The sliding window of each layer, None where it sees all; `layer_types` wins over the older keys."""
-    types = config.get("layer_types")
     window = config.get("sliding_window")
-    num_layers = config.num_hidden_layers
-    if types is not None:
-        unknown = set(types) - {"full_attention", "sliding_attention"}
-        if unknown or len(types) != num_layers:
-            raise UnsupportedError(
-                f"config.json: layer_types: {sorted(unknown) or len(types)} does not fit; it needs {num_layers} of "
-                "'full_attention' and 'sliding_attention'"
-            )
-        return [window if kind == "sliding_attention" else None for kind in types]
-    return [window] * num_layers
+    if config.get("layer_types") is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in layer_types(config)]
+
+
+def context_length(values: Mapping[str, Any]) -> int | None:
+    """The positions that a config.json's model has, under whichever name; None where it does not say."""
+    for config in (values, values.get("text_config") or {}):
+        for name in ("max_position_embeddings", "n_positions"):
+            if config.get(name):
+                return int(config[name])
+    return None

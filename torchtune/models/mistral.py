@@ -1,6 +1,6 @@
 """Mistral: Llama's layer with a sliding window in every layer, where the config has one.
 
-Spec: arXiv:2310.06825. Parity: tests/models/test_parity.py. Checkpoint names are ours.
+Spec: arXiv:2310.06825.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchtune.models.config import HFConfig, layer_windows
-from torchtune.models.llama_kind import build_llama_kind
+from torchtune.models.from_config import attention_from, decoder_from, feed_forward_from, norms_from, rotary_from
 from torchtune.modules.decoder import CausalLM
+from torchtune.modules.layers import DecoderLayer
 
+COVERS = "Mistral 7B, Nemo, Small (text)"
 DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -25,4 +27,13 @@ DEFAULTS = {
 def build(values: Mapping[str, Any]) -> CausalLM:
     """A Mistral from its config.json."""
     config = HFConfig(values, DEFAULTS)
-    return build_llama_kind(config, qkv_bias=False, output_bias=False, windows=layer_windows(config))
+    windows = layer_windows(config)
+
+    def layer(index: int) -> DecoderLayer:
+        return DecoderLayer(
+            attention_from(config, window=windows[index]),
+            feed_forward_from(config),
+            **norms_from(config, "input_layernorm", "post_attention_layernorm"),
+        )
+
+    return decoder_from(config, layer, rotary_from(config))

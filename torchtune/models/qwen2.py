@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: Llama's layer with biases on queries, keys and values, and windows on the upper layers.
 
-Spec: arXiv:2407.10671. Parity: tests/models/test_parity.py. Checkpoint names are ours.
+Spec: arXiv:2407.10671.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchtune.models.config import HFConfig, layer_windows
-from torchtune.models.llama_kind import build_llama_kind
+from torchtune.models.from_config import attention_from, decoder_from, feed_forward_from, norms_from, rotary_from
 from torchtune.modules.decoder import CausalLM
+from torchtune.modules.layers import DecoderLayer
 
+COVERS = "Qwen2, Qwen2.5, QwQ"
 DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -37,4 +39,13 @@ def qwen_windows(config: HFConfig) -> list[int | None]:
 def build(values: Mapping[str, Any]) -> CausalLM:
     """A Qwen2 from its config.json."""
     config = HFConfig(values, DEFAULTS)
-    return build_llama_kind(config, qkv_bias=True, output_bias=False, windows=qwen_windows(config))
+    windows = qwen_windows(config)
+
+    def layer(index: int) -> DecoderLayer:
+        return DecoderLayer(
+            attention_from(config, qkv_bias=True, window=windows[index]),
+            feed_forward_from(config),
+            **norms_from(config, "input_layernorm", "post_attention_layernorm"),
+        )
+
+    return decoder_from(config, layer, rotary_from(config))

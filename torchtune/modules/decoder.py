@@ -2,59 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtune.modules.attention import Attention
 from torchtune.modules.documents import Documents
-from torchtune.modules.kv_cache import KVCache, LayerCache
+from torchtune.modules.kv_cache import KVCache
 from torchtune.modules.linear import Embedding, Linear
 from torchtune.modules.losses import IGNORE_INDEX, LinearCrossEntropy
-from torchtune.modules.norms import RMSNorm
+from torchtune.modules.moe import MoE, load_balancing_loss
+from torchtune.modules.naming import Block
 from torchtune.modules.rotary import RotaryAngles, RotaryEmbedding
+from torchtune.modules.stored import as_in_model, as_stored, stored_pieces
 
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each on normed input and added to the stream."""
-
-    def __init__(self, attention: Attention, mlp: nn.Module, *, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.self_attn = attention
-        self.mlp = mlp
-        self.input_layernorm = RMSNorm(hidden_size, eps)
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
-
-    def forward(
-        self, hidden_states: Tensor, rotary: RotaryAngles, documents: Documents, cache: LayerCache | None = None
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_states), rotary, documents, cache)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+LossFunction = Callable[..., Tensor]
 
 
-class Decoder(nn.Module):
-    """Token ids to hidden states."""
+class Decoder(Block):
+    """Token ids to hidden states.
+
+    Args:
+        rotary: of each layer; None where a layer knows no positions.
+        norm: the last layer's output goes through it.
+        embedding_scale: what embeddings are multiplied by, rounded to their type (Gemma, Granite).
+        learned_positions: a learnt vector is added at each position, so many there are (GPT-2).
+        max_positions: the model's context.
+    """
 
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        rotary: RotaryEmbedding,
+        rotary: Sequence[RotaryEmbedding | None],
+        norm: nn.Module,
         *,
         vocab_size: int,
         hidden_size: int,
-        eps: float,
+        embedding_scale: float = 1.0,
+        learned_positions: int | None = None,
         max_positions: int | None = None,
     ) -> None:
         super().__init__()
         self.embed_tokens = Embedding(vocab_size, hidden_size)
+        if learned_positions is not None:
+            self.embed_positions = Embedding(learned_positions, hidden_size)
+        self.has_learned_positions = learned_positions is not None
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(hidden_size, eps)
+        self.norm = norm
         self.rotary = rotary
+        self.embedding_scale = embedding_scale
         self.max_positions = max_positions
 
     def forward(
@@ -67,30 +65,63 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """input_ids [T] -> [T, D] in `dtype`, or in the embedding's own."""
         hidden_states = self.embed_tokens(input_ids)
+        if self.has_learned_positions:
+            hidden_states = hidden_states + self.embed_positions(documents.positions)
         if dtype is not None:
             hidden_states = hidden_states.to(dtype)
-        longest = documents.max_length
+        if self.embedding_scale != 1.0:
+            # Rounded as the models were trained: sqrt(3072) is 55.5 in bfloat16.
+            hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
         if cache is not None:
             cache.check(documents.lengths)
-            longest = max(seen + new for seen, new in zip(cache.lengths, documents.lengths, strict=True))
-        rotary = self.rotary.angles(documents.positions, longest, hidden_states.dtype)
+        angles = self._angles(documents, hidden_states.dtype, cache)
         for index, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, rotary, documents, cache.layers[index] if cache is not None else None)
+            layer_cache = cache.layers[index] if cache is not None else None
+            hidden_states = layer(hidden_states, angles[index], documents, layer_cache)
         if cache is not None:
             cache.advance(documents.lengths)
         return self.norm(hidden_states)
 
+    def _angles(self, documents: Documents, dtype: torch.dtype, cache: KVCache | None) -> list[RotaryAngles | None]:
+        """Those of each layer; layers with the same frequencies share them."""
+        reached = None if cache is None else [a + b for a, b in zip(cache.lengths, documents.lengths, strict=True)]
+        made: dict[RotaryEmbedding, RotaryAngles] = {}
+        for rotary in self.rotary:
+            if rotary is not None and rotary not in made:
+                made[rotary] = rotary.angles(documents.positions, dtype, lengths=documents.lengths, reached=reached)
+        return [None if rotary is None else made[rotary] for rotary in self.rotary]
 
-class CausalLM(nn.Module):
+
+class CausalLM(Block):
     """A decoder and its head: logits, or the loss.
 
     Letters: T packed tokens, B documents of S tokens, V vocab_size.
 
+    Args:
+        logit_scale: what logits are multiplied by (Cohere, Granite).
+        logit_softcap: logits are held within it by softcap * tanh(logits / softcap) (Gemma 2).
+        router_loss: weight of the load-balancing loss of the experts, and experts a token; None leaves it out.
+        prefix_choices: beginnings of names in the model, and what they are in a checkpoint, for each way in which
+            the family's checkpoints are written; without any they are the model's own.
+        carried: patterns of tensors that such checkpoints hold beside this model (a vision tower); they are
+            written again as they were.
+
     Attributes:
         compute_dtype: the type that activations are computed in; None means the parameters'.
+        stored_prefixes: the one of `prefix_choices` that is used.
     """
 
-    def __init__(self, model: Decoder, *, tie_word_embeddings: bool) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        tie_word_embeddings: bool,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        router_loss: tuple[float, int] | None = None,
+        prefix_choices: Sequence[Mapping[str, str]] = (),
+        carried: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.compute_dtype: torch.dtype | None = None
@@ -99,17 +130,30 @@ class CausalLM(nn.Module):
             self.lm_head = Linear(hidden_size, vocab_size, bias=False)
         # A tied head owns no parameter and reads the embedding's.
         self.is_tied = tie_word_embeddings
+        self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
+        self.router_loss = router_loss
+        self.prefix_choices, self.carried = tuple(prefix_choices), tuple(carried)
+        self.stored_prefixes: Mapping[str, str] = self.prefix_choices[0] if prefix_choices else {}
+        self.register_state_dict_post_hook(_rename_to_stored)
+        self.register_load_state_dict_pre_hook(_rename_from_stored)
+        for moe in self._mixtures():
+            moe.keep_router_logits = router_loss is not None
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D], the output projection."""
         return self.model.embed_tokens.weight if self.is_tied else self.lm_head.weight
 
+    def empty_cache(self, num_documents: int = 1) -> KVCache:
+        """A cache for decoding so many documents, that has seen nothing."""
+        return KVCache.empty(len(self.model.layers), num_documents, max_positions=self.model.max_positions)
+
     def forward(
         self,
         input_ids: Tensor,
         documents: Documents | None = None,
         *,
+        positions: Tensor | None = None,
         labels: Tensor | None = None,
         trained: Tensor | None = None,
         loss: LossFunction | None = None,
@@ -119,29 +163,67 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids: [T] with `documents`, or [B, S], which is B documents of S tokens.
+            positions: like input_ids, instead of `documents`: one begins where a position is not the next.
             labels: like input_ids, the token that each position must predict; -100 where none is trained.
             trained: [N], the places in the flat labels that are not -100, where they are known already:
                 finding them makes the host wait for the device.
-            loss: (hidden [N, D], head weight [V, D], targets [N]) -> scalar sum; by default cross-entropy.
+            loss: (hidden [N, D], head weight [V, D], targets [N]) -> scalar sum; by default cross-entropy. A
+                model whose logits are capped also passes `softcap`.
             cache: keys and values of what came before.
         Returns:
             Logits [T, V] or [B, S, V]; with `labels` a float32 scalar.
         """
-        batched = input_ids.dim() == 2
         if documents is None:
-            if not batched:
-                input_ids = input_ids[None]
-            num_rows, num_tokens = input_ids.shape
-            documents = Documents.from_lengths(
-                [num_tokens] * num_rows, starts=cache.lengths if cache else None, device=input_ids.device
-            )
-        shape = input_ids.shape if batched else (documents.num_tokens,)
+            documents = self._documents(input_ids, positions, cache)
         hidden = self.model(input_ids.reshape(-1), documents, dtype=self.compute_dtype, cache=cache)
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale  # the same as scaled logits, and small
         if labels is None:
-            return F.linear(hidden, self.head_weight.to(hidden.dtype)).view(*shape, -1)
+            logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).view(*input_ids.shape, -1)
+            return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
         labels = labels.reshape(-1)
         if trained is None:
             trained = (labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
         # With no trained token the loss is a zero that still leads to every parameter: a rank without
         # work takes part in the others' collectives.
-        return (loss or LinearCrossEntropy())(hidden[trained], self.head_weight, labels[trained])
+        cap = {} if self.logit_softcap is None else {"softcap": self.logit_softcap}
+        total = (loss or LinearCrossEntropy())(hidden[trained], self.head_weight, labels[trained], **cap)
+        return total if self.router_loss is None else total + self._router_loss() * len(trained)
+
+    def _documents(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Documents:
+        if positions is not None:
+            return Documents.from_positions(positions.reshape(-1))
+        num_rows, num_tokens = input_ids.shape if input_ids.dim() == 2 else (1, len(input_ids))
+        starts = cache.lengths if cache else None
+        return Documents.from_lengths([num_tokens] * num_rows, starts=starts, device=input_ids.device)
+
+    def _router_loss(self) -> Tensor:
+        """The load-balancing loss of the last forward, weighted; it counts once a trained token."""
+        assert self.router_loss is not None
+        weight, top_k = self.router_loss
+        kept = [moe.router_logits for moe in self._mixtures() if moe.router_logits is not None]
+        for moe in self._mixtures():
+            moe.router_logits = None
+        return weight * load_balancing_loss(kept, top_k=top_k)
+
+    def _mixtures(self) -> Iterator[MoE]:
+        return (module for module in self.modules() if isinstance(module, MoE))
+
+
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap)."""
+    return softcap * torch.tanh(logits / softcap)
+
+
+def _rename_to_stored(model: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """`state_dict()` has the checkpoint's names, whatever the layout in memory."""
+    if all(len(pieces) == 1 and pieces[0].name == name for name, pieces in stored_pieces(model).items()):
+        return
+    own = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    state.update(as_stored(model, own, prefix))
+
+
+def _rename_from_stored(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """`load_state_dict` takes what `state_dict` gives."""
+    own = {name: state.pop(name) for name in list(state) if name.startswith(prefix)}
+    state.update(as_in_model(model, own, prefix))

@@ -39,6 +39,16 @@ class Documents:
         positions = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
         return cls(tuple(lengths), positions.to(device), ends.to(torch.int32).to(device))
 
+    @classmethod
+    def from_positions(cls, positions: Tensor) -> Documents:
+        """The documents that positions [T] tell: one begins wherever the next position is no successor."""
+        begins = positions.diff(prepend=positions[:1] - 2) != 1
+        starts = begins.nonzero().squeeze(-1).tolist()
+        ends = [*starts[1:], len(positions)]
+        lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+        cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=positions.device)
+        return cls(lengths, positions, cu_seqlens)
+
     @property
     def num_tokens(self) -> int:
         """T, the tokens of all documents."""
@@ -57,6 +67,15 @@ class Documents:
             spans.append((start, start + length))
             start += length
         return tuple(spans)
+
+    def chunked(self, size: int) -> Documents:
+        """The same tokens, each document cut into stretches of `size`; made once a batch."""
+        made: dict[int, Documents] = self.__dict__.setdefault("_chunked", {})
+        if size not in made:
+            lengths = [min(size, length - at) for length in self.lengths for at in range(0, length, size)]
+            cut = Documents.from_lengths(lengths, device=self.cu_seqlens.device)
+            made[size] = Documents(cut.lengths, self.positions, cut.cu_seqlens)
+        return made[size]
 
     def to(self, device: torch.device | str) -> Documents:
         """The same documents with their tensors on `device`."""

@@ -1,39 +1,83 @@
-"""The gated feed-forward block."""
+"""Feed-forward blocks: gated, and plain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtune.modules.activations import ACTIVATIONS
 from torchtune.modules.linear import Linear
+from torchtune.modules.naming import Block
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 
+class FeedForward(Block):
+    """down(act(gate(x)) * up(x)). Source: Shazeer, 2020 (arXiv:2002.05202).
 
-class FeedForward(nn.Module):
-    """down(act(gate(x)) * up(x)). Source: Shazeer, 2020 (arXiv:2002.05202)."""
+    Args:
+        fused: gate and up are one matrix, `gate_up_proj`, the gate's rows first (Phi-3, GLM).
+    """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, activation: str = "silu", bias: bool = False
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+        fused: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.fused = fused
+        if fused:
+            self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        else:
+            self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+            self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
         if self.activation is not F.silu:
             return self.down_proj(self.activation(gate) * up)
         down = self.down_proj
         if type(down) is Linear and down.bias is None and not (down._forward_hooks or down._forward_pre_hooks):
             return _SiluProductLinear.apply(gate, up, down.weight)
-        return down(_SiluProduct.apply(gate, up))
+        return down(silu_product(gate, up))
+
+
+class PlainFeedForward(Block):
+    """down(act(up(x))), without a gate.
+
+    Args:
+        linear: the kind of layer; GPT-2 has its own.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        bias: bool = True,
+        linear: type[nn.Module] = Linear,
+    ) -> None:
+        super().__init__()
+        self.up_proj = linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = linear(intermediate_size, hidden_size, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of the same shape, with nothing kept but the two."""
+    product: Tensor = _SiluProduct.apply(gate, up)
+    return product
 
 
 class _SiluProduct(torch.autograd.Function):

@@ -29,6 +29,24 @@ class Linear(nn.Linear):
         return output if bias is None else output + bias
 
 
+class Conv1D(nn.Module):
+    """A linear layer whose weight lies as [in, out], as GPT-2's checkpoints have it (and call it)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=0.02)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.T.to(x.dtype), bias)
+
+
 class Embedding(nn.Embedding):
     """torch's embedding."""
 

@@ -25,14 +25,20 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.chunk_size = chunk_size
 
-    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """hidden [N, D], weight [V, D], targets [N] int64 -> float32 scalar (float64 for float64)."""
-        return _LinearCrossEntropy.apply(hidden, weight, targets, self.chunk_size)
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float | None = None) -> Tensor:
+        """hidden [N, D], weight [V, D], targets [N] int64 -> float32 scalar (float64 for float64).
+
+        Args:
+            softcap: logits are held within it by softcap * tanh(logits / softcap).
+        """
+        return _LinearCrossEntropy.apply(hidden, weight, targets, self.chunk_size, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int, softcap: float | None
+    ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight_cast = weight.to(hidden.dtype)
         # needs_input_grad is set in evaluation too; gradients are made only where backward can come.
@@ -47,12 +53,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             labels = targets[rows, None]
             logits = buffer[: labels.shape[0]].copy_(hidden[rows] @ weight_cast.T)  # [n, V]
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+                slope = 1 - (logits / softcap).square()  # of the capped by the plain logit
             log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (log_z - logits.gather(1, labels)).sum()
             if not (needs_hidden or needs_weight):
                 continue
             grad_logits = logits.sub_(log_z).exp_()
             grad_logits.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
+            if softcap is not None:
+                grad_logits.mul_(slope)
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
@@ -71,4 +82,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Scaled in float32 and in place: fp16's loss scale would overflow in the gradient's own type.
         hidden = None if grad_hidden is None else grad_hidden * grads[0].to(grad_hidden.dtype)
         weight = None if grad_weight is None else grad_weight.mul_(grads[0].to(grad_weight.dtype))
-        return hidden, weight, None, None
+        return hidden, weight, None, None, None

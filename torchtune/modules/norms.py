@@ -10,19 +10,54 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim, taken in float32. Source: Zhang & Sennrich, 2019 (arXiv:1910.07467)."""
+    """x / rms(x) * weight over the last dim, taken in float32. Source: Zhang & Sennrich, 2019 (arXiv:1910.07467).
 
-    def __init__(self, size: int, eps: float) -> None:
+    Args:
+        from_one: the checkpoint stores the weight's distance from one (Gemma).
+    """
+
+    def __init__(self, size: int, eps: float, *, from_one: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         if not self.weight.is_meta:
+            nn.init.constant_(self.weight, 0.0 if from_one else 1.0)
+        self.eps = eps
+        self.from_one = from_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float32: one and a small distance from it do not fit into half precision together.
+        weight = self.weight.to(torch.promote_types(x.dtype, torch.float32)) + 1.0 if self.from_one else self.weight
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _RMSNormFunction.apply(x, weight, self.eps)
+        if self.from_one:
+            return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias over the last dim, taken in float32. Source: arXiv:1607.06450.
+
+    Args:
+        size: the last dim, or (heads, head_dim) for a weight of its own for each head.
+    """
+
+    def __init__(self, size: int | tuple[int, ...], eps: float, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+        if not self.weight.is_meta:
             nn.init.ones_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _RMSNormFunction.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight, bias = self.weight.to(wide.dtype), None if self.bias is None else self.bias.to(wide.dtype)
+        if weight.dim() == 1:
+            return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
+        normed = F.layer_norm(wide, wide.shape[-1:], eps=self.eps) * weight
+        return (normed if bias is None else normed + bias).to(x.dtype)
 
 
 class _RMSNormFunction(torch.autograd.Function):

@@ -1,14 +1,15 @@
-"""Rotary position embeddings, in the half-rotated layout of Hugging Face checkpoints.
+"""Rotary position embeddings.
 
-A pair of dims (i, i + H/2) of a head is turned by position x frequency_i. The kinds differ in how the
-frequencies are stretched for contexts longer than those of pre-training. Source: Su et al., 2021
-(arXiv:2104.09864); the kinds' own sources are at their functions.
+A pair of dims of a head is turned by position x frequency: dims (i, i + H/2) in the half-rotated layout of
+most checkpoints, dims (2i, 2i + 1) in the interleaved one. The kinds differ in how the frequencies are
+stretched for contexts longer than those of pre-training. Source: Su et al., 2021 (arXiv:2104.09864); the
+kinds' own sources are at their functions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +21,31 @@ from torchtune.errors import UnsupportedError, did_you_mean
 
 @dataclass(frozen=True)
 class RotaryAngles:
-    """cos and sin of a batch's positions: [T, H_rot], made once and used by every layer."""
+    """cos and sin of a batch's positions: [T, H_rot], made once and used by every layer.
+
+    Attributes:
+        interleaved: pairs are neighbours.
+    """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool = False
 
     def turn(self, x: Tensor) -> Tensor:
         """Turn the heads of x, [T, heads, H], by each token's position; dims beyond H_rot pass through."""
         size = self.cos.shape[-1]
         rotated, passed = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
         cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
-        first, second = rotated.chunk(2, dim=-1)
-        turned = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+        if self.interleaved:
+            swapped = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
+        else:
+            first, second = rotated.chunk(2, dim=-1)
+            swapped = torch.cat((-second, first), dim=-1)
+        turned = rotated * cos + swapped * sin
         return turned if passed is None else torch.cat((turned, passed), dim=-1)
 
 
-@dataclass
+@dataclass(eq=False)
 class RotaryEmbedding:
     """Frequencies of a model, and the angles that they give at a batch's positions.
 
@@ -45,42 +55,57 @@ class RotaryEmbedding:
     Attributes:
         inv_freq: [H_rot / 2] float32, on the CPU.
         attention_scaling: what cos and sin are multiplied by (yarn, longrope).
-        long: beyond `original_length` positions, another pair of the two (longrope), or a function of
-            the longest position (dynamic).
+        for_length: the frequencies of a document by its length, for kinds that stretch long ones (dynamic,
+            longrope). Each document of a batch has its own, so that its neighbours don't matter.
+        interleaved: the layout of pairs.
     """
 
     inv_freq: Tensor
     attention_scaling: float = 1.0
     for_length: Callable[[int], Tensor] | None = None
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         self._on_device: dict[torch.device, Tensor] = {}
 
-    def angles(self, positions: Tensor, longest: int, dtype: torch.dtype) -> RotaryAngles:
-        """The angles at `positions` [T], for documents of up to `longest` positions, in `dtype`.
+    def angles(
+        self, positions: Tensor, dtype: torch.dtype, *, lengths: Sequence[int], reached: Sequence[int] | None = None
+    ) -> RotaryAngles:
+        """The angles at `positions` [T], in `dtype`.
 
         Taken in float32 and cast once, as transformers does; float64 models get float32's angles too.
+
+        Args:
+            lengths: tokens of each document here.
+            reached: tokens of each document altogether, where it continues a cached one.
         """
+        device = positions.device
         if self.for_length is not None:
-            inv_freq = self.for_length(longest).to(positions.device)
+            each = [self.for_length(length) for length in reached or lengths]
+            inv_freq = torch.stack(each).repeat_interleave(torch.tensor(lengths), dim=0).to(device)  # [T, H_rot / 2]
         else:
-            if positions.device not in self._on_device:
-                self._on_device[positions.device] = self.inv_freq.to(positions.device)
-            inv_freq = self._on_device[positions.device]
-        angles = torch.outer(positions.float(), inv_freq)  # [T, H_rot / 2]
-        angles = torch.cat((angles, angles), dim=-1)
+            if device not in self._on_device:
+                self._on_device[device] = self.inv_freq.to(device)
+            inv_freq = self._on_device[device]
+        angles = positions.float()[:, None] * inv_freq  # [T, H_rot / 2]
+        angles = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
         return RotaryAngles(
-            (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+            (angles.cos() * self.attention_scaling).to(dtype),
+            (angles.sin() * self.attention_scaling).to(dtype),
+            self.interleaved,
         )
 
 
-def build_rotary(rope: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int) -> RotaryEmbedding:
+def build_rotary(
+    rope: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int, interleaved: bool = False
+) -> RotaryEmbedding:
     """The rotary embedding that a config's `rope_parameters` describe.
 
     Args:
         rope: with `rope_type`, `rope_theta` and what the type needs, in the newer spelling.
         head_dim: size of a head; `partial_rotary_factor` of it is turned.
         max_position_embeddings: the model's context.
+        interleaved: pairs are neighbouring dims.
     Raises:
         UnsupportedError: another `rope_type`.
     """
@@ -90,7 +115,9 @@ def build_rotary(rope: Mapping[str, Any], *, head_dim: int, max_position_embeddi
     size = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     # On the CPU even while a model is built on the meta device: these are numbers, not weights.
     with torch.device("cpu"):
-        return KINDS[kind](rope, size, max_position_embeddings)
+        rotary = KINDS[kind](rope, size, max_position_embeddings)
+    rotary.interleaved = interleaved
+    return rotary
 
 
 def _inv_freq(theta: float, size: int) -> Tensor:
@@ -168,7 +195,7 @@ def _longrope(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryE
     """A factor per frequency, one list within the original context, another beyond. Source: arXiv:2402.13753."""
     base = rope["rope_theta"]
     original = rope.get("original_max_position_embeddings") or max_positions
-    factor = max_positions / original if "original_max_position_embeddings" in rope else rope.get("factor", 1.0)
+    factor = rope.get("factor") or max_positions / original
     scaling = rope.get("attention_factor")
     if scaling is None:
         scaling = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -11,6 +11,7 @@ from typing import Any
 from torchtune.data.loader import DataLoader
 from torchtune.data.mix import MixReport
 from torchtune.data.report import Report
+from torchtune.models.config import context_length
 from torchtune.recipes.params import FinetuneParams
 from torchtune.training.optimizers import ParamGroup
 
@@ -45,7 +46,7 @@ class Batching:
 
 def longest_allowed(params: FinetuneParams, config: Mapping[str, Any]) -> int:
     """The longest row in tokens: what the params say, else the model's context up to 8,192."""
-    return params.max_seq_len or min(int(config.get("max_position_embeddings") or DEFAULT_CONTEXT), DEFAULT_CONTEXT)
+    return params.max_seq_len or min(context_length(config) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
 def choose_batching(params: FinetuneParams, report: Report | MixReport, *, limit: int, world_size: int) -> Batching:

@@ -393,8 +393,8 @@ class FullFinetuneRecipe:
         }
 
         def write(folder: Path) -> None:
-            save_model(folder, named.items(), self._checkpoint)
-            trained = {"model": masters(named.items(), self._checkpoint), "optimizer": tensors}
+            save_model(folder, self._model, self._checkpoint)
+            trained = {"model": masters(self._model, self._checkpoint), "optimizer": tensors}
             save_training_state(folder, trained, state)
 
         if is_main():

@@ -1,0 +1,130 @@
+"""Attention within documents: one operator over their boundaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtune.modules.cpu_attention import attend_on_cpu
+from torchtune.modules.documents import Documents
+from torchtune.modules.kv_cache import LayerCache
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How attention scores are made, and which of them count.
+
+    Attributes:
+        scale: what the products of queries and keys are multiplied by.
+        window: how many tokens back, itself included, a token sees; None means all.
+        chunk: a token sees only its own stretch of so many tokens of its document (Llama 4); None means all.
+        softcap: scores are held within it by softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
+    """
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scores: Scores,
+    *,
+    sinks: Tensor | None = None,
+    cache: LayerCache | None = None,
+) -> Tensor:
+    """Causal attention of each token over its own document.
+
+    Letters: T packed tokens, Q query heads, K key/value heads (Q a multiple of K), H head_dim.
+
+    Args:
+        q: [T, Q, H]. k, v: [T, K, H].
+        sinks: [Q], a score a head that takes part in the softmax and has no value (gpt-oss, arXiv:2309.17453).
+        cache: keys and values that came before; each document continues what it has there, and it takes in k and v.
+    Returns:
+        [T, Q, H].
+    """
+    if cache is not None:
+        parts = []
+        for index, (start, end) in enumerate(documents.bounds):
+            keys, values = cache.extend(index, k[start:end], v[start:end])
+            parts.append(_attend_one(q[start:end], keys, values, scores, sinks))
+        return torch.cat(parts)
+    if scores.softcap is not None or sinks is not None:
+        parts = [
+            _attend_one(q[start:end], k[start:end], v[start:end], scores, sinks) for start, end in documents.bounds
+        ]
+        return torch.cat(parts)
+    if scores.chunk is not None:
+        documents = documents.chunked(scores.chunk)
+    if q.device.type == "cuda":
+        return _attend_varlen(q, k, v, documents, scores)
+    return attend_on_cpu(q, k, v, documents, scores.scale, scores.window)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
+    """One document: q [n, Q, H] are the last n of the m tokens that k and v, [m, K, H], hold."""
+    num_new, num_all = q.shape[0], k.shape[0]
+    if scores.softcap is not None or sinks is not None:
+        return _attend_by_products(q, k, v, _visible(num_new, num_all, scores, q.device), scores, sinks)
+    reach = min(scores.window or num_all, scores.chunk or num_all)
+    mask = _visible(num_new, num_all, scores, q.device) if num_all > reach or 1 < num_new < num_all else None
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None and num_new > 1,
+        scale=scores.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def _visible(num_new: int, num_all: int, scores: Scores, device: torch.device) -> Tensor:
+    """[n, m], which of a document's m tokens each of its last n sees."""
+    position = torch.arange(num_all - num_new, num_all, device=device)[:, None]
+    other = torch.arange(num_all, device=device)[None, :]
+    visible = other <= position
+    if scores.window is not None:
+        visible &= other > position - scores.window
+    if scores.chunk is not None:
+        visible &= other // scores.chunk == position // scores.chunk
+    return visible
+
+
+def _attend_by_products(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scores: Scores, sinks: Tensor | None
+) -> Tensor:
+    """Plain products, for scores that no fused kernel makes."""
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    products = torch.einsum("nkgh,mkh->kgnm", q.unflatten(1, (-1, group)), k).to(wide) * scores.scale
+    if scores.softcap is not None:
+        products = scores.softcap * torch.tanh(products / scores.softcap)
+    products = products.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        of_head = sinks.to(wide).view(-1, group, 1, 1).expand(-1, -1, products.shape[2], 1)  # [K, G, n, 1]
+        products = torch.cat((products, of_head), dim=-1)
+    weights = products.softmax(-1)[..., : k.shape[0]]
+    return torch.einsum("kgnm,mkh->nkgh", weights.to(q.dtype), v).flatten(1, 2)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    cu_seqlens, longest = documents.cu_seqlens, documents.max_length
+    reach = (-1, 0) if scores.window is None else (scores.window - 1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scores.scale, window_size=reach)
+    assert isinstance(out, Tensor)
+    return out

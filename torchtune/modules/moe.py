@@ -1,0 +1,198 @@
+"""Mixtures of experts: a router chooses, for each token, the experts whose outputs are added up.
+
+Dropless: every token reaches all its experts, whatever their load. Source: Shazeer et al., 2017
+(arXiv:1701.06538), Gale et al., 2022 (arXiv:2211.15841).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from torchtune.modules.activations import ACTIVATIONS
+from torchtune.modules.grouped import grouped_linear
+from torchtune.modules.linear import Linear
+from torchtune.modules.naming import Block
+from torchtune.modules.stored import Layout, Piece, Stored
+
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Router(Linear):
+    """Scores each token's experts, in float32, and chooses.
+
+    Args:
+        choose: logits [T, E] -> weights [T, k] and experts [T, k].
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, choose: Choose, *, bias: bool = False) -> None:
+        super().__init__(hidden_size, num_experts, bias=bias)
+        self.choose = choose
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """x [T, D] -> weights [T, k], experts [T, k], logits [T, E]."""
+        logits = super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        weights, experts = self.choose(logits)
+        return weights, experts, logits
+
+
+def softmax_then_choose(logits: Tensor, *, top_k: int, normalised: bool) -> tuple[Tensor, Tensor]:
+    """The k largest of a softmax over all experts; `normalised`, they sum to one."""
+    weights, experts = logits.softmax(-1).topk(top_k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if normalised else weights), experts
+
+
+def choose_then_softmax(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """A softmax over the k largest alone."""
+    chosen, experts = logits.topk(top_k, dim=-1)
+    return chosen.softmax(-1), experts
+
+
+class Experts(Stored):
+    """All experts of a layer, each a gated feed-forward, as one tensor a projection.
+
+    Letters: T tokens, k experts a token, E experts, D hidden_size, F an expert's intermediate size.
+
+    Attributes:
+        gate_up_proj: [E, 2 F, D], the gate's rows first; [E, D, 2 F] where `transposed`.
+        down_proj: [E, D, F]; [E, F, D] where `transposed`.
+
+    Args:
+        gated: (gate, up) [N, F] -> [N, F], or (gate_up [N, 2 F]) where `interleaved`.
+        bias: each expert has biases, `gate_up_proj_bias` and `down_proj_bias`.
+        weigh_inputs: a token is weighed before its experts and not after them (Llama 4).
+        separate: the names of gate, up and down of one expert, in checkpoints that store each apart.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        gated: Callable[[Tensor], Tensor],
+        bias: bool = False,
+        transposed: bool = False,
+        weigh_inputs: bool = False,
+        separate: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *(reversed(up) if transposed else up)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, *(reversed(down) if transposed else down)))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(num_experts, up[0])) if bias else None
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, down[0])) if bias else None
+        if not self.down_proj.is_meta:
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.02)
+        self.num_experts, self.intermediate_size = num_experts, intermediate_size
+        self.gated, self.transposed, self.weigh_inputs = gated, transposed, weigh_inputs
+        apart: tuple[Layout, ...] = (partial(self._one_by_one, tuple(separate)),) if separate else ()
+        self.layouts = (*apart, dict)
+        self.layout = self.layouts[0]
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """x [T, D], weights and experts [T, k] -> [T, D], the weighted sum of each token's experts."""
+        top_k = experts.shape[1]
+        order = experts.flatten().argsort(stable=True)  # [T k], by expert
+        counts = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
+        rows = x[order // top_k]
+        weight_of_row = weights.flatten()[order, None].to(x.dtype)
+        if self.weigh_inputs:
+            rows = rows * weight_of_row
+        gate_up = self._linear(rows, self.gate_up_proj, self.gate_up_proj_bias, counts)
+        rows = self._linear(self.gated(gate_up), self.down_proj, self.down_proj_bias, counts)
+        if not self.weigh_inputs:
+            rows = rows * weight_of_row
+        # Back to the tokens' order and summed over k: adding by index would not be deterministic on every device.
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rows[place].unflatten(0, (-1, top_k)).sum(1)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+        out = grouped_linear(x, weight, counts, transposed=self.transposed)
+        if bias is None:
+            return out
+        repeats = torch.tensor(counts, device=x.device)
+        return out + bias.to(x.dtype).repeat_interleave(repeats, dim=0, output_size=len(x))
+
+    def _one_by_one(self, names: tuple[str, ...]) -> dict[str, list[Piece]]:
+        gate, up, down = names
+        first, second = slice(0, self.intermediate_size), slice(self.intermediate_size, 2 * self.intermediate_size)
+        experts = range(self.num_experts)
+        halves = [
+            Piece(f"{e}.{name}.weight", (e, half)) for e in experts for name, half in ((gate, first), (up, second))
+        ]
+        return {"gate_up_proj": halves, "down_proj": [Piece(f"{e}.{down}.weight", (e,)) for e in experts]}
+
+
+def gated_by(activation: str) -> Callable[[Tensor], Tensor]:
+    """act(gate) * up of [N, 2 F], the gate's half first."""
+    act = ACTIVATIONS[activation]
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act(gate) * up
+
+    return gated
+
+
+class MoE(Block):
+    """A router, its experts, and what is added for every token.
+
+    Args:
+        shared_experts: a feed-forward that every token goes through.
+        shared_expert_gate: [D] -> [1], how much of it, through a sigmoid (Qwen2-MoE).
+
+    Attributes:
+        router_logits: [T, E] of the last forward, while `keep_router_logits`.
+    """
+
+    def __init__(
+        self,
+        gate: Router,
+        experts: Experts,
+        *,
+        shared_experts: nn.Module | None = None,
+        shared_expert_gate: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = experts
+        if shared_experts is not None:
+            self.shared_experts = shared_experts
+        if shared_expert_gate is not None:
+            self.shared_expert_gate = shared_expert_gate
+        self.has_shared, self.has_shared_gate = shared_experts is not None, shared_expert_gate is not None
+        self.keep_router_logits = False
+        self.router_logits: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        weights, experts, logits = self.gate(x)
+        if self.keep_router_logits:
+            self.router_logits = logits
+        out = self.experts(x, weights, experts)
+        if not self.has_shared:
+            return out
+        shared = self.shared_experts(x)
+        return out + (torch.sigmoid(self.shared_expert_gate(x)) * shared if self.has_shared_gate else shared)
+
+
+def load_balancing_loss(router_logits: Sequence[Tensor], *, top_k: int) -> Tensor:
+    """How unevenly experts are used: E times the sum over experts of their share of choices and of probability.
+
+    It is k where all are used alike. Source: Fedus et al., 2021 (arXiv:2101.03961), equations 4 to 6.
+
+    Args:
+        router_logits: [T, E] of each layer.
+    Returns:
+        A scalar.
+    """
+    probabilities = torch.cat(list(router_logits)).softmax(-1)  # [L T, E]
+    num_experts = probabilities.shape[-1]
+    chosen = probabilities.topk(top_k, dim=-1).indices
+    share = torch.bincount(chosen.flatten(), minlength=num_experts) / len(probabilities)
+    return num_experts * (share * probabilities.mean(0)).sum()

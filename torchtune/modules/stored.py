@@ -1,0 +1,138 @@
+"""Where a parameter lies in a checkpoint: under its own name, or in pieces, or under another prefix.
+
+Most parameters are stored as they are. Experts are one tensor in memory and may be a tensor each on disk;
+the text part of a larger model stands there under a longer name. Reading, writing and `state_dict` go
+through the one list that `stored_pieces` makes, so that each is the inverse of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor that is a part of a parameter.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        index: which part; `()` is all of it.
+    """
+
+    name: str
+    index: Index = ()
+
+
+Layout = Callable[[], dict[str, list[Piece]]]
+
+
+class Stored(nn.Module):
+    """A module whose parameters may lie in a checkpoint otherwise than in memory.
+
+    Attributes:
+        layouts: the ways in which they may be stored, the usual one first. Each gives the pieces of those
+            of its parameters that it stores otherwise, by name; names are relative to the module.
+        layout: the one that its checkpoint uses.
+    """
+
+    layouts: tuple[Layout, ...]
+    layout: Layout
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and those buffers that are saved, by name; a tied one once."""
+    buffers = {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return dict(model.named_parameters()) | buffers
+
+
+def stored_pieces(model: nn.Module) -> dict[str, list[Piece]]:
+    """For each parameter and saved buffer, by its name in the model, what it is in the checkpoint."""
+    pieces = {name: [Piece(name)] for name in stored_tensors(model)}
+    for path, module in model.named_modules():
+        if isinstance(module, Stored):
+            prefix = f"{path}." if path else ""
+            for name, parts in module.layout().items():
+                pieces[prefix + name] = [Piece(prefix + part.name, part.index) for part in parts]
+    prefixes: Mapping[str, str] = getattr(model, "stored_prefixes", {})
+    if prefixes:
+        pieces = {name: [_prefixed(part, prefixes) for part in parts] for name, parts in pieces.items()}
+    return pieces
+
+
+def fit_layouts(model: nn.Module, names: Collection[str]) -> None:
+    """Choose, for the model and each part of it that has a choice, the layout that a checkpoint uses.
+
+    Args:
+        names: the checkpoint's tensors.
+    """
+    choices = getattr(model, "prefix_choices", ())
+    if choices:
+        model.stored_prefixes = max(choices, key=lambda prefixes: _num_found(_names_under(model, prefixes), names))
+    prefixes: Mapping[str, str] = getattr(model, "stored_prefixes", {})
+    for path, module in model.named_modules():
+        if isinstance(module, Stored):
+            module.layout = max(module.layouts, key=lambda layout: _num_found(_names_of(layout, path, prefixes), names))
+
+
+def as_stored(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names in the model as the checkpoint's tensors: views, no copies.
+
+    Args:
+        tensors: parameters, gradients or whatever has their shape, by `prefix` and name in the model.
+    """
+    pieces = stored_pieces(model)
+    for name, tensor in tensors.items():
+        for piece in pieces.get(name.removeprefix(prefix), [Piece(name.removeprefix(prefix))]):
+            yield prefix + piece.name, tensor[piece.index] if piece.index else tensor
+
+
+def as_in_model(model: nn.Module, stored: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The inverse of `as_stored`: what is in pieces is put together; what is unknown or incomplete stays as it is."""
+    found = dict(stored)
+    shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+    for name, parts in stored_pieces(model).items():
+        if [prefix + part.name for part in parts] == [prefix + name] or any(
+            prefix + part.name not in stored for part in parts
+        ):
+            continue
+        if parts[0].index == ():
+            found[prefix + name] = found.pop(prefix + parts[0].name)
+            continue
+        first = stored[prefix + parts[0].name]
+        whole = torch.empty(shapes[name], dtype=first.dtype, device=first.device)
+        for part in parts:
+            whole[part.index].copy_(found.pop(prefix + part.name))
+        found[prefix + name] = whole
+    return found
+
+
+def _prefixed(piece: Piece, prefixes: Mapping[str, str]) -> Piece:
+    for ours, theirs in prefixes.items():
+        if piece.name.startswith(ours):
+            return Piece(theirs + piece.name.removeprefix(ours), piece.index)
+    return piece
+
+
+def _names_under(model: nn.Module, prefixes: Mapping[str, str]) -> Iterator[str]:
+    return (_prefixed(Piece(name), prefixes).name for name in stored_tensors(model))
+
+
+def _names_of(layout: Layout, path: str, prefixes: Mapping[str, str]) -> Iterator[str]:
+    for parts in layout().values():
+        yield from (_prefixed(Piece(f"{path}.{part.name}" if path else part.name), prefixes).name for part in parts)
+
+
+def _num_found(wanted: Iterator[str], names: Collection[str]) -> float:
+    found = [name in names for name in wanted]
+    return sum(found) / len(found) if found else 0.0
