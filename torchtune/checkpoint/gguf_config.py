@@ -5,18 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from torchtune.checkpoint.gguf import ARCHITECTURES, GGUFFile
-from torchtune.errors import UnsupportedError, did_you_mean
+from torchtune.errors import UnsupportedError
+from torchtune.tokenizers.gguf import gguf_tokenizer
 
-CONTROL, USER_DEFINED = 3, 4
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
@@ -113,79 +106,7 @@ def hf_tokenizer(file: GGUFFile) -> tuple[bytes, dict[str, Any]]:
     Raises:
         UnsupportedError: a kind of tokenizer that is not known here.
     """
-    metadata = file.metadata
-    kind = metadata.get("tokenizer.ggml.model")
-    makers = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in makers:
-        raise UnsupportedError(f"{file.path}: tokenizer '{kind}' is not supported{did_you_mean(str(kind), makers)}")
-    tokenizer = makers[str(kind)](metadata, str(file.path))
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type in (CONTROL, USER_DEFINED):
-            added = AddedToken(token, normalized=False, special=token_type == CONTROL)
-            (tokenizer.add_special_tokens if token_type == CONTROL else tokenizer.add_tokens)([added])
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, key in NAMES.items():
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None:
-            config[key] = tokens[token_id]
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in config:
-        bos = config["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
-        )
-    if template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = template
-    if context := metadata.get(f"{file.architecture}.context_length"):
-        config["model_max_length"] = int(context)
-    return tokenizer.to_str().encode(), config
-
-
-def _byte_level(metadata: dict[str, Any], path: str) -> Tokenizer:
-    """Byte-level BPE; `tokenizer.ggml.pre` says how text is cut before merging."""
-    vocab = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    by_regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-
-    def split(pattern: str) -> Any:
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
-
-    cuts = {
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_regex]),
-        "gpt-2": by_regex,
-        "default": by_regex,
-        "llama-bpe": split(LLAMA3_SPLIT),
-        "qwen2": split(QWEN2_SPLIT),
-    }
-    if pre not in cuts:
-        raise UnsupportedError(f"{path}: pre-tokenizer '{pre}' is not supported{did_you_mean(str(pre), cuts)}")
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = cuts[pre]
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _sentencepiece(metadata: dict[str, Any], path: str) -> Tokenizer:
-    """SentencePiece's BPE: merges follow from the pieces' scores, unknown characters fall back to bytes."""
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = []
-    for token, score in zip(tokens, scores, strict=True):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        pairs = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-        merges += [(score, pair) for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
-    merges.sort(key=lambda merge: merge[0], reverse=True)
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    model = models.BPE(vocab, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer
+    try:
+        return gguf_tokenizer(file.metadata)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{file.path}: {error}") from error

@@ -22,13 +22,19 @@ from torchtune.checkpoint.hub import resolve
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import fit_layouts, stored_pieces, stored_tensors
+from torchtune.tokenizers.files import (
+    TOKENIZER_FILES,
+    has_vocabulary,
+    is_vocabulary,
+    open_tokenizer,
+    with_tokenizer_json,
+)
 from torchtune.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attention\.(bias|masked_bias)$", r"attn\.(bias|masked_bias)$")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -94,11 +100,10 @@ class Checkpoint:
         Raises:
             CheckpointError: it has none that can be read.
         """
-        if "tokenizer.json" not in self.files:
-            raise CheckpointError(
-                "has no tokenizer.json; name a folder or file that has one with tokenizer=PATH", path=self.path
-            )
-        return Tokenizer.from_json(self.files["tokenizer.json"], self.tokenizer_config)
+        try:
+            return open_tokenizer(self.files, self.config)
+        except CheckpointError as error:
+            raise CheckpointError(error.problem, path=self.path) from error
 
     @cached_property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -237,6 +242,8 @@ def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None, 
         _check_config(checkpoint)
     if tokenizer is not None:
         checkpoint.files = open_tokenizer_files(tokenizer)
+    else:
+        checkpoint.files = _with_tokenizer_json(checkpoint.files, checkpoint.config, path)
     return checkpoint
 
 
@@ -244,17 +251,29 @@ def open_tokenizer_files(source: str | Path) -> dict[str, bytes]:
     """The text files of a tokenizer and its template, by their names in a checkpoint's folder.
 
     Args:
-        source: a folder or hub id, or a tokenizer.json of any name, whose other files lie beside it.
+        source: a folder or hub id, or a file: a tokenizer.json of any name, a .model or .tiktoken file. What else
+            says something of the tokenizer lies beside it.
     Raises:
         CheckpointError: there is no such place, or no tokenizer in it.
     """
     path = resolve(str(source), weights=False)
-    files = _text_files(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    files = _text_files(folder)
     if path.is_file():
-        files["tokenizer.json"] = path.read_bytes()
-    if "tokenizer.json" not in files:
-        raise CheckpointError("has no tokenizer.json", path=path)
-    return files
+        files = {name: content for name, content in files.items() if not is_vocabulary(name)}
+        name = {".model": "tokenizer.model", ".tiktoken": path.name}.get(path.suffix, "tokenizer.json")
+        files[name] = path.read_bytes()
+    if not has_vocabulary(files):
+        raise CheckpointError("has no tokenizer.json, nor another file with a vocabulary", path=path)
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    return _with_tokenizer_json(files, config, path)
+
+
+def _with_tokenizer_json(files: dict[str, bytes], config: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+    try:
+        return with_tokenizer_json(files, config)
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, path=path) from error
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
@@ -285,6 +304,7 @@ def _text_files(folder: Path) -> dict[str, bytes]:
     names = [
         name for name in (*TOKENIZER_FILES, "chat_template.json", "chat_template.jinja") if (folder / name).exists()
     ]
+    names += [file.name for file in sorted(folder.glob("*.tiktoken"))]
     names += [f"{TEMPLATE_FOLDER}/{file.name}" for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
     return {name: (folder / name).read_bytes() for name in names}
 

@@ -14,8 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from torchtune.errors import CheckpointError
-
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from torchtune.tokenizers.added_tokens import NAMED_TOKENS, text_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,8 @@ class Tokenizer:
         self._fast = fast
         self.special: dict[str, str] = {}
         for name in NAMED_TOKENS:
-            token = config.get(name)
-            content = token.get("content") if isinstance(token, Mapping) else token
-            if content:
-                self.special[name] = str(content)
+            if content := text_of(config.get(name)):
+                self.special[name] = content
 
     @classmethod
     def from_json(cls, tokenizer_json: bytes, tokenizer_config: Mapping[str, Any] | None = None) -> Tokenizer:
