@@ -156,22 +156,31 @@ def add_declared(tokenizer: Tokenizer, declared: DeclaredTokens) -> Tokenizer:
 def _with_ids(tokenizer: Tokenizer, by_id: Mapping[int, AddedToken]) -> Tokenizer:
     """The library numbers added tokens itself; where that would give another id, the token joins the vocabulary."""
     next_id = tokenizer.get_vocab_size()
-    out_of_turn: dict[str, int] = {}
-    for token_id in sorted(by_id):
-        if tokenizer.token_to_id(by_id[token_id].content) is None:
-            if token_id != next_id or out_of_turn:
-                out_of_turn[by_id[token_id].content] = token_id
-            next_id += 1
-    if not out_of_turn:
+    missing = {by_id[i].content: i for i in sorted(by_id) if tokenizer.token_to_id(by_id[i].content) is None}
+    if list(missing.values()) == list(range(next_id, next_id + len(missing))):
         return tokenizer
+    taken = set(tokenizer.get_vocab().values()) & set(missing.values())
+    if taken:
+        raise CheckpointError(f"added tokens are declared at ids that are taken: {sorted(taken)[:8]}")
+    return fill_gaps(_with_pieces(tokenizer, missing))
+
+
+def fill_gaps(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, or a copy in which ids that nothing has are reserved.
+
+    The library gives a new token the number of tokens as its id, which is another's where ids leave gaps.
+    """
+    used = set(tokenizer.get_vocab().values())
+    gaps = set(range(max(used, default=-1) + 1)) - used
+    return _with_pieces(tokenizer, {f"<|reserved_token_{i}|>": i for i in sorted(gaps)}) if gaps else tokenizer
+
+
+def _with_pieces(tokenizer: Tokenizer, pieces: Mapping[str, int]) -> Tokenizer:
     content = json.loads(tokenizer.to_str())
     vocab = content["model"]["vocab"]
     if not isinstance(vocab, dict):
-        raise CheckpointError(f"added tokens leave a gap before id {min(out_of_turn.values())}")
-    taken = set(tokenizer.get_vocab().values()) & set(out_of_turn.values())
-    if taken:
-        raise CheckpointError(f"added tokens are declared at ids that are taken: {sorted(taken)[:8]}")
-    vocab.update(out_of_turn)
+        raise CheckpointError(f"a vocabulary in order of ids can't have tokens at {sorted(pieces.values())[:8]}")
+    vocab.update(pieces)
     return Tokenizer.from_str(json.dumps(content))
 
 

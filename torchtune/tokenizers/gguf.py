@@ -21,6 +21,7 @@ from torchtune.tokenizers.sentencepiece import (
     NORMAL,
     SPACE,
     UNIGRAM,
+    UNKNOWN,
     USER_DEFINED,
     SentencePieceModel,
     sentencepiece_tokenizer,
@@ -66,8 +67,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
     declared = DeclaredTokens({})
     for token_id, token_type in enumerate(types):
         # A run of spaces is a piece among others: spaces are written as ▁ before it is looked for.
-        if token_type == CONTROL or (token_type == USER_DEFINED and tokens[token_id].strip(" ")):
-            make = special_token if token_type == CONTROL else user_token
+        if token_type in (CONTROL, UNKNOWN) or (token_type == USER_DEFINED and tokens[token_id].strip(" ")):
+            make = user_token if token_type == USER_DEFINED else special_token
             declared.by_id[token_id] = make(tokens[token_id])
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, key in _NAMES.items():

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from torchtune.errors import CheckpointError
-from torchtune.tokenizers.added_tokens import json_object, special_token, user_token
+from torchtune.tokenizers.added_tokens import fill_gaps, json_object, special_token, user_token
 from torchtune.tokenizers.files import open_tokenizer, tokenizer_from_files, with_tokenizer_json
 
 
@@ -38,7 +38,7 @@ def add_tokens(
     if problems:
         raise CheckpointError("new tokens can't be added: " + "; ".join(dict.fromkeys(problems)))
     # With what other files alone declare, or the new tokens would take those ids.
-    fast = FastTokenizer.from_buffer(tokenizer_from_files(files, config)[0])
+    fast = fill_gaps(FastTokenizer.from_buffer(tokenizer_from_files(files, config)[0]))
     fast.add_tokens([special_token(token) if special else user_token(token) for token in tokens])
     ids = {token: fast.token_to_id(token) for token in tokens}
     grown = files | {"tokenizer.json": fast.to_str(pretty=True).encode()}

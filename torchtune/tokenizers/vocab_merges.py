@@ -21,7 +21,7 @@ _QWEN_NAMES = {"eos_token": _END, "unk_token": _END, "pad_token": _END}
 _CLASSES: dict[str, tuple[str, dict[str, str]]] = {
     "GPT2Tokenizer": ("gpt2", _GPT2_NAMES),
     "CodeGenTokenizer": ("gpt2", _GPT2_NAMES),
-    "GPTNeoXTokenizer": ("gpt_neox", _GPT2_NAMES),
+    "GPTNeoXTokenizer": ("gpt_neox", _GPT2_NAMES | {"pad_token": "<|padding|>"}),
     "Qwen2Tokenizer": ("qwen2", _QWEN_NAMES),
     "Qwen3_5Tokenizer": ("qwen3_5", _QWEN_NAMES),
 }
