@@ -7,6 +7,7 @@ and layouts are those of the hub's files, whatever either side has in memory.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,28 @@ def check_family(folder: Path, config: Any, *, length: int = 30) -> None:
     check_packed(model)
     check_cached(model)
     check_round_trip(folder, config)
+
+
+def check_other_spelling(folder: Path, config: Any, changes: dict[str, Any], *, without: Collection[str] = ()) -> None:
+    """A config.json as another version wrote it: both sides load the same folder and give the same logits.
+
+    Args:
+        config: what the checkpoint is made from.
+        changes: keys of the config.json, added or replaced; a dict is merged into a dict.
+        without: keys that it leaves out; `text_config.head_dim` is a key within another.
+    """
+    save_random(folder, config)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    for key in without:
+        *outer, last = key.split(".")
+        inner = values
+        for name in outer:
+            inner = inner[name]
+        inner.pop(last)
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+    path.write_text(json.dumps(values))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    ids = torch.randint(0, config.get_text_config().vocab_size, (1, 30), generator=torch.Generator().manual_seed(1))
+    assert_close(load_model(folder, dtype=torch.float32)(ids), theirs(ids).logits, 1e-5, "logits")

@@ -100,12 +100,22 @@ class HFConfig:
             raise UnsupportedError(f"config.json: {name}: {value!r} is not supported; supported: {allowed}")
 
 
-def layer_types(config: HFConfig, allowed: tuple[str, ...] = ("full_attention", "sliding_attention")) -> list[str]:
+def layer_types(
+    config: HFConfig,
+    allowed: tuple[str, ...] = ("full_attention", "sliding_attention"),
+    *,
+    full_every: int | None = None,
+) -> list[str]:
     """The kind of each layer's attention, as `layer_types` has it.
 
+    Args:
+        full_every: where the config has no `layer_types`, every so-manieth layer sees all and the others slide.
     Raises:
         UnsupportedError: another kind, or not one for each layer.
     """
+    if full_every is not None and config.get("layer_types") is None:
+        numbers = range(1, config.num_hidden_layers + 1)
+        return ["sliding_attention" if number % full_every else "full_attention" for number in numbers]
     types = list(config.layer_types)
     unknown = set(types) - set(allowed)
     if unknown or len(types) != config.num_hidden_layers:
