@@ -75,14 +75,19 @@ def random_texts(count: int) -> list[str]:
 
 
 @cache
+def python_lines() -> list[str]:
+    """Lines of Python's own sources: words, where merges compete."""
+    paths = sorted(Path(json.__file__).parent.glob("*.py"))
+    return [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@cache
 def sentencepiece_model(kind: str) -> bytes:
     """The content of a `tokenizer.model`."""
-    folder = Path(__file__).parent
-    lines = [line for path in sorted(folder.glob("*.py")) for line in path.read_text(encoding="utf-8").splitlines()]
-    lines += ["Příliš žluťoučký kůň", "日本語のテキスト", "Привет, мир!"] * 10
+    lines = python_lines() + ["Příliš žluťoučký kůň", "日本語のテキスト", "Привет, мир!"] * 10
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for line in lines if line.strip()]),
+        sentence_iterator=iter(lines),
         model_writer=content,
         character_coverage=0.995,
         hard_vocab_limit=False,

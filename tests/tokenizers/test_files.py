@@ -21,7 +21,14 @@ from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.tokenizers.files import open_tokenizer, tokenizer_from_files, with_tokenizer_json
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-IN_TEXT = ["a<|endoftext|>b", "<|a|> <|b|>  <image>", "<|user|>hi <tool> x", "[INST] hi <0x0A>", "<|begin_of_text|>x"]
+IN_TEXT = [
+    "a<|endoftext|>b",
+    "<|a|> <|b|>  <image>",
+    "<|user|>hi <tool> x",
+    "[INST] hi <0x0A>",
+    "a <|im_end|> b",
+    "<|begin_of_text|>x",
+]
 
 
 def added(contents, start, **properties):
@@ -34,6 +41,14 @@ def llama2_json():
     content, _ = tokenizer_from_files({"tokenizer.model": sentencepiece_model("llama")})
     steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     return json.loads(content) | {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+
+
+def json_with_spaces_taken():
+    """Its <|im_end|> takes the spaces around it."""
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["lstrip"] = token["rstrip"] = token["content"] == "<|im_end|>"
+    return content
 
 
 def llama_class(**options):
@@ -142,6 +157,10 @@ FOLDERS = {
         },
         "llama",
     ),
+    "tokenizer.json, a named token with properties": lambda: (
+        {"tokenizer.json": json_with_spaces_taken(), "tokenizer_config.json": {"eos_token": "<|im_end|>"}},
+        "llama",
+    ),
     "tokenizer.json, older files": lambda: (
         {"tokenizer.json": tiny_tokenizer().backend_tokenizer.to_str().encode()}
         | {"special_tokens_map.json": {"pad_token": "<pad>", "additional_special_tokens": ["<|a|>"]}},
@@ -182,6 +201,19 @@ def test_ids_equal_transformers(name, tmp_path):
             for tokenizer in (ours, again):
                 assert tokenizer._fast.encode(text).ids == ids, (folder, text)
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), (folder, text)
+
+
+def test_a_class_that_would_read_the_saved_file_otherwise_is_replaced(tmp_path):
+    """Llama's takes a unigram model's pieces for those of BPE, so the folder that is saved names another."""
+    config = {"model_type": "llama"}
+    files = {"tokenizer.model": sentencepiece_model("unigram"), "tokenizer_config.json": llama_class()}
+    saved = with_tokenizer_json(
+        {name: json.dumps(v).encode() if isinstance(v, dict) else v for name, v in files.items()}, config
+    )
+    write_files(tmp_path / "saved", saved, config)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == open_tokenizer(saved, config).encode(text).ids
 
 
 def test_ids_that_are_declared_are_kept():

@@ -7,7 +7,7 @@ import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer
 
 from tests.tiny_checkpoint import SPECIAL
-from tests.trained_vocabularies import TEXTS, byte_level_files, random_texts, sentencepiece_model
+from tests.trained_vocabularies import TEXTS, byte_level_files, python_lines, random_texts, sentencepiece_model
 from torchtune.errors import UnsupportedError
 from torchtune.tokenizers.gguf import PRE_TOKENIZERS, gguf_tokenizer
 from torchtune.tokenizers.sentencepiece import UNIGRAM, USER_DEFINED, read_model
@@ -55,7 +55,7 @@ def test_sentencepiece_kinds_equal_the_source_model(kind):
     """What the model file says is found again in the metadata."""
     tokenizer = Tokenizer.from_json(*gguf_tokenizer(sentencepiece_metadata(kind)))
     library = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(kind))
-    for text in [*TEXTS, *random_texts(100)]:
+    for text in [*TEXTS, *python_lines(), *random_texts(100)]:
         assert tokenizer.encode(text).ids == library.encode(text), text
     assert tokenizer.bos_id == library.bos_id()
     assert tokenizer.adds_bos == (library.encode("") == [] and not kind.startswith("unigram"))

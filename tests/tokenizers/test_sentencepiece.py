@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.trained_vocabularies import KINDS, TEXTS, random_texts, sentencepiece_model
+from tests.trained_vocabularies import KINDS, TEXTS, python_lines, random_texts, sentencepiece_model
 from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.tokenizers.files import open_tokenizer
 from torchtune.tokenizers.sentencepiece import (
@@ -48,7 +48,7 @@ def test_a_model_file_is_read_whole(kind):
 def test_ids_and_text_equal_sentencepiece(kind):
     """Merges that follow from scores, bytes for what is unknown, spaces kept or dropped as the model says."""
     tokenizer, library = open_tokenizer({"tokenizer.model": sentencepiece_model(kind)}), theirs(kind)
-    for text in [*TEXTS, *random_texts(200)]:
+    for text in [*TEXTS, *python_lines(), *random_texts(200)]:
         ids = library.encode(text)
         assert tokenizer.encode(text).ids == ids, text
         if library.unk_id() not in ids:

@@ -3,7 +3,14 @@
 import pytest
 import tiktoken
 
-from tests.trained_vocabularies import TEXTS, random_texts, sentencepiece_model, tiktoken_file, tiktoken_ranks
+from tests.trained_vocabularies import (
+    TEXTS,
+    python_lines,
+    random_texts,
+    sentencepiece_model,
+    tiktoken_file,
+    tiktoken_ranks,
+)
 from torchtune.tokenizers.files import open_tokenizer
 from torchtune.tokenizers.splits import GPT_4O, LAYOUTS, LLAMA3, QWEN2, TEKKEN
 from torchtune.tokenizers.tiktoken import is_tiktoken, published, read_ranks, tiktoken_tokenizer
@@ -16,7 +23,7 @@ def test_ids_equal_tiktoken(layout, pattern):
     """Merges are found again from the ranks."""
     theirs = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=tiktoken_ranks(), special_tokens={})
     ours = tiktoken_tokenizer(tiktoken_ranks(), LAYOUTS[layout])
-    for text in [*TEXTS, *random_texts(200)]:
+    for text in [*TEXTS, *python_lines(), *random_texts(200)]:
         assert ours.encode(text).ids == theirs.encode(text, disallowed_special=()), text
 
 
