@@ -7,12 +7,12 @@ and layouts are those of the hub's files, whatever either side has in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.auto import AutoModelForCausalLM
 
@@ -171,3 +171,43 @@ def check_other_spelling(folder: Path, config: Any, changes: dict[str, Any], *, 
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     ids = torch.randint(0, config.get_text_config().vocab_size, (1, 30), generator=torch.Generator().manual_seed(1))
     assert_close(load_model(folder, dtype=torch.float32)(ids), theirs(ids).logits, 1e-5, "logits")
+
+
+def check_rewritten(folder: Path, config: Any, rewrite: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """A checkpoint whose tensors were written otherwise: the same logits, and load then save changes none of them.
+
+    Args:
+        rewrite: from the tensors that transformers writes to those that the folder shall have.
+    """
+    source, target = folder / "source", folder / "target"
+    expected = save_random(source, config)
+    tensors = rewrite(stored_tensors(source))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(source)
+    ids = torch.randint(0, config.get_text_config().vocab_size, (1, 30), generator=torch.Generator().manual_seed(1))
+    assert_close(model(ids), expected(ids).logits, 1e-5, "logits")
+    save_model(target, model, open_checkpoint(source))
+    saved = stored_tensors(target)
+    assert saved.keys() == tensors.keys()
+    assert all(tensor.equal(tensors[name]) for name, tensor in saved.items())
+    theirs, info = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert_close(theirs(ids).logits, expected(ids).logits, 1e-5, "logits of what was saved")
+
+
+def check_router_loss(folder: Path, config: Any) -> None:
+    """With `output_router_logits` the training loss has the load-balancing loss in it, gradients too."""
+    theirs = save_random(folder / "model", config)
+    ours = load_model(folder / "model", dtype=torch.float32)
+    ids = torch.randint(0, 97, (2, 30))
+    labels = torch.where(torch.rand(2, 30) < 0.6, ids, -100)
+    expected = theirs(ids, labels=labels)
+    assert expected.aux_loss is not None
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = labels[:, 1:]  # theirs shifts labels itself
+    num_trained = int((targets != -100).sum())
+    loss = ours(ids, labels=targets)
+    torch.testing.assert_close(loss / num_trained, expected.loss)
+    loss.backward()
+    (expected.loss * num_trained).backward()
+    check_gradients(folder, ours, theirs)

@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Sequence[int], *, transposed: bool = False) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
     """Row by row, x @ weight[e].T, where the first counts[0] rows belong to matrix 0, the next counts[1] to 1, ...
 
-    Weights are cast to x's type on the way and not kept in it. No row is padded and none is dropped.
+    Weights are cast to x's type on the way and not kept in it. No row is padded and none is dropped. On CUDA and
+    in bfloat16 it is one kernel and the host doesn't wait for the counts.
 
     Letters: T rows, E matrices.
 
     Args:
         x: [T, in].
         weight: [E, out, in], or [E, in, out] where `transposed`.
-        counts: E numbers whose sum is T.
+        counts: [E] int64 whose sum is T, on x's device.
     Returns:
         [T, out].
     """
-    out: Tensor = _GroupedLinear.apply(x, weight, tuple(counts), transposed)
+    out: Tensor = _GroupedLinear.apply(x, weight, counts, transposed)
     return out
 
 
@@ -31,38 +33,56 @@ class _GroupedLinear(torch.autograd.Function):
     """One node: under autograd a slice of `weight` a group would add a whole gradient a group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...], transposed: bool) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.counts, ctx.transposed = counts, transposed
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, counts)
+        ctx.transposed = transposed
         return _products(x, weight if transposed else weight.mT, counts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
+        x, weight, counts = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _products(grad, weight.mT if ctx.transposed else weight, ctx.counts)
+            grad_x = _products(grads[0], weight.mT if ctx.transposed else weight, counts)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-            for expert, rows in _groups(ctx.counts):
-                part = x[rows].T @ grad[rows] if ctx.transposed else grad[rows].T @ x[rows]
-                grad_weight[expert] = part
+            left, right = (x, grads[0]) if ctx.transposed else (grads[0], x)
+            grad_weight = _sums_of_products(left, right, counts).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
-def _products(x: Tensor, matrices: Tensor, counts: tuple[int, ...]) -> Tensor:
+def _products(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """x [T, in], matrices [E, in, out] -> [T, out]."""
-    if x.device.type == "cuda" and x.dtype == torch.bfloat16:
-        ends = torch.tensor(counts, dtype=torch.int32).cumsum(0).to(device=x.device, dtype=torch.int32)
-        return torch._grouped_mm(x, matrices.to(x.dtype), offs=ends)
+    if _is_one_kernel(x):
+        return F.grouped_mm(x.contiguous(), matrices.to(x.dtype), offs=_ends(counts))
     out = x.new_empty(x.shape[0], matrices.shape[2])
-    for expert, rows in _groups(counts):
+    for expert, rows in _groups(counts.tolist()):
         torch.mm(x[rows], matrices[expert].to(x.dtype), out=out[rows])
     return out
 
 
-def _groups(counts: tuple[int, ...]) -> list[tuple[int, slice]]:
+def _sums_of_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """left [T, a], right [T, b] -> [E, a, b], the sum of each group's outer products; zero where it is empty."""
+    if _is_one_kernel(left):
+        return F.grouped_mm(left.contiguous().T, right.contiguous(), offs=_ends(counts))
+    sums = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        rows = slice(start, start + count)
+        # A product over no row is a matrix of zeros.
+        torch.mm(left[rows].T, right[rows], out=sums[expert])
+        start += count
+    return sums
+
+
+def _is_one_kernel(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return counts.cumsum(0).to(torch.int32)
+
+
+def _groups(counts: Sequence[int]) -> list[tuple[int, slice]]:
     groups, start = [], 0
     for expert, count in enumerate(counts):
         if count:

@@ -8,33 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtune.modules.activations import ACTIVATIONS
 from torchtune.modules.grouped import grouped_linear
-from torchtune.modules.linear import Linear
 from torchtune.modules.naming import Block
 from torchtune.modules.stored import Layout, Piece, Stored
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Router(Linear):
+class Router(nn.Module):
     """Scores each token's experts, in float32, and chooses.
+
+    No `Linear`: adapters and quantisers that look for linear layers leave it alone.
 
     Args:
         choose: logits [T, E] -> weights [T, k] and experts [T, k].
     """
 
     def __init__(self, hidden_size: int, num_experts: int, choose: Choose, *, bias: bool = False) -> None:
-        super().__init__(hidden_size, num_experts, bias=bias)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight, std=0.02)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
         self.choose = choose
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> weights [T, k], experts [T, k], logits [T, E]."""
-        logits = super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
         weights, experts = self.choose(logits)
         return weights, experts, logits
 
@@ -61,7 +71,7 @@ class Experts(Stored):
         down_proj: [E, D, F]; [E, F, D] where `transposed`.
 
     Args:
-        gated: (gate, up) [N, F] -> [N, F], or (gate_up [N, 2 F]) where `interleaved`.
+        gated: gate_up [N, 2 F] -> [N, F]; `gated_by`, unless a family has its own.
         bias: each expert has biases, `gate_up_proj_bias` and `down_proj_bias`.
         weigh_inputs: a token is weighed before its experts and not after them (Llama 4).
         separate: the names of gate, up and down of one expert, in checkpoints that store each apart.
@@ -91,32 +101,32 @@ class Experts(Stored):
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.gated, self.transposed, self.weigh_inputs = gated, transposed, weigh_inputs
         apart: tuple[Layout, ...] = (partial(self._one_by_one, tuple(separate)),) if separate else ()
-        self.layouts = (*apart, dict)
+        self.layouts = (*apart, self._stacked)
         self.layout = self.layouts[0]
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """x [T, D], weights and experts [T, k] -> [T, D], the weighted sum of each token's experts."""
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # [T k], by expert
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
-        rows = x[order // top_k]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
         weight_of_row = weights.flatten()[order, None].to(x.dtype)
+        rows: Tensor = _RowsOfTokens.apply(x, order, place, top_k)
         if self.weigh_inputs:
             rows = rows * weight_of_row
         gate_up = self._linear(rows, self.gate_up_proj, self.gate_up_proj_bias, counts)
         rows = self._linear(self.gated(gate_up), self.down_proj, self.down_proj_bias, counts)
         if not self.weigh_inputs:
             rows = rows * weight_of_row
-        # Back to the tokens' order and summed over k: adding by index would not be deterministic on every device.
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return rows[place].unflatten(0, (-1, top_k)).sum(1)
+        out: Tensor = _SumsOfRows.apply(rows, order, place, top_k)
+        return out
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: list[int]) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
         out = grouped_linear(x, weight, counts, transposed=self.transposed)
-        if bias is None:
-            return out
-        repeats = torch.tensor(counts, device=x.device)
-        return out + bias.to(x.dtype).repeat_interleave(repeats, dim=0, output_size=len(x))
+        return out if bias is None else out + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+
+    def _stacked(self) -> dict[str, list[Piece]]:
+        return {name: [Piece(name)] for name, _ in self.named_parameters()}
 
     def _one_by_one(self, names: tuple[str, ...]) -> dict[str, list[Piece]]:
         gate, up, down = names
@@ -128,15 +138,71 @@ class Experts(Stored):
         return {"gate_up_proj": halves, "down_proj": [Piece(f"{e}.{down}.weight", (e,)) for e in experts]}
 
 
+class _RowsOfTokens(torch.autograd.Function):
+    """Each token k times, in the experts' order: x [T, D] -> [T k, D].
+
+    Its gradient is a sum over k in the tokens' order: adding by index would be slow, and not deterministic on
+    every device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order, place)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        order, place = ctx.saved_tensors
+        return _SumsOfRows.apply(grads[0], order, place, ctx.top_k), None, None, None
+
+
+class _SumsOfRows(torch.autograd.Function):
+    """The sum of each token's k rows: [T k, D] in the experts' order -> [T, D]; the transpose of the above."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order, place)
+        ctx.top_k = top_k
+        return rows.index_select(0, place).unflatten(0, (-1, top_k)).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        order, place = ctx.saved_tensors
+        return _RowsOfTokens.apply(grads[0], order, place, ctx.top_k), None, None, None
+
+
 def gated_by(activation: str) -> Callable[[Tensor], Tensor]:
     """act(gate) * up of [N, 2 F], the gate's half first."""
     act = ACTIVATIONS[activation]
+    if act is F.silu:
+        return _SiluGate.apply
 
     def gated(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return act(gate) * up
 
     return gated
+
+
+class _SiluGate(torch.autograd.Function):
+    """silu(gate) * up of [N, 2 F] -> [N, F]; nothing but the input is kept, and its gradient is written in place."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_up)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        return result
 
 
 class MoE(Block):

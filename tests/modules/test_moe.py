@@ -1,0 +1,127 @@
+"""Routers, experts and the load-balancing loss, each against a plain loop or transformers."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from torchtune.modules.moe import (
+    Experts,
+    MoE,
+    Router,
+    choose_then_softmax,
+    gated_by,
+    load_balancing_loss,
+    softmax_then_choose,
+)
+from torchtune.modules.stored import as_in_model, as_stored, fit_layouts, stored_tensors
+
+E, D, F, T, K = 5, 6, 4, 11, 2
+
+
+def random_experts(**options):
+    torch.manual_seed(0)
+    experts = Experts(E, D, F, **{"gated": gated_by("silu"), **options}).double()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    return experts
+
+
+def one_by_one(experts, x, weights, chosen):
+    """Each token through each of its experts, one at a time."""
+    out = []
+    for token, row_weights, row in zip(x, weights, chosen, strict=True):
+        total = torch.zeros(D, dtype=x.dtype)
+        for weight, e in zip(row_weights, row.tolist(), strict=True):
+            up, down = experts.gate_up_proj[e], experts.down_proj[e]
+            up, down = (up.T, down.T) if experts.transposed else (up, down)
+            hidden = up @ (token * weight if experts.weigh_inputs else token)
+            if experts.gate_up_proj_bias is not None:
+                hidden = hidden + experts.gate_up_proj_bias[e]
+            hidden = down @ (torch.nn.functional.silu(hidden[:F]) * hidden[F:])
+            if experts.down_proj_bias is not None:
+                hidden = hidden + experts.down_proj_bias[e]
+            total = total + (hidden if experts.weigh_inputs else hidden * weight)
+        out.append(total)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "transposed": True}, {"weigh_inputs": True}])
+def test_experts_equal_one_token_at_a_time(options):
+    """Values and all gradients, the weights' included; expert 3 has no token."""
+    experts = random_experts(**options)
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([0, 1, 2, 4])[torch.stack([torch.randperm(4)[:K] for _ in range(T)])]
+    inputs = [x, weights, *experts.parameters()]
+    out, expected = experts(x, weights, chosen), one_by_one(experts, x, weights, chosen)
+    grad = torch.randn(T, D, dtype=torch.float64)
+    torch.testing.assert_close(out, expected)
+    found, wanted = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_compute_in_the_type_of_their_input(dtype):
+    """float32 weights, half-precision tokens: the output and its gradient have the tokens' type."""
+    experts = random_experts().float()
+    x = torch.randn(T, D, dtype=dtype, requires_grad=True)
+    weights, chosen = torch.rand(T, K), torch.randint(0, E, (T, K))
+    out = experts(x, weights, chosen)
+    out.sum().backward()
+    assert (out.dtype, x.grad.dtype, experts.down_proj.grad.dtype) == (dtype, dtype, torch.float32)
+    expected = one_by_one(experts.double(), x.double(), weights.double(), chosen)
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_routers_choose_the_largest():
+    """Over all experts or over the chosen alone; normalised weights sum to one; the choice is the same."""
+    logits = torch.randn(T, E)
+    plain, chosen = softmax_then_choose(logits, top_k=K, normalised=False)
+    normalised, _ = softmax_then_choose(logits, top_k=K, normalised=True)
+    alone, chosen_alone = choose_then_softmax(logits, top_k=K)
+    assert chosen.equal(logits.sort(descending=True).indices[:, :K])
+    assert chosen_alone.equal(chosen)
+    torch.testing.assert_close(plain, logits.softmax(-1).gather(1, chosen))
+    # e^a / (e^a + e^b) is the same share whichever sum it was taken of first.
+    torch.testing.assert_close(normalised, alone)
+
+
+def test_router_scores_in_float32():
+    """Half-precision tokens are scored in float32: near experts stay apart."""
+    router = Router(D, E, partial(softmax_then_choose, top_k=K, normalised=True))
+    x = torch.randn(T, D, dtype=torch.bfloat16)
+    _, _, logits = router(x)
+    assert logits.equal(x.float() @ router.weight.T)
+
+
+def test_load_balancing_loss_equals_transformers():
+    """Of several layers, with its gradient."""
+    logits = [torch.randn(T, E, requires_grad=True) for _ in range(3)]
+    ours, theirs = load_balancing_loss(logits, top_k=K), load_balancing_loss_func(tuple(logits), E, K)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_load_balancing_loss_is_k_when_all_are_used_alike():
+    """The smallest value of the formula, whatever the number of experts."""
+    logits = 10 * torch.eye(E).repeat(3, 1)
+    assert load_balancing_loss([logits], top_k=1).item() == pytest.approx(1.0)
+
+
+def test_experts_lie_apart_or_stacked_in_a_checkpoint():
+    """Both layouts are found by the names, and what one writes it reads again."""
+    model = MoE(Router(D, E, partial(choose_then_softmax, top_k=K)), random_experts(separate=("w1", "w3", "w2")))
+    tensors = stored_tensors(model)
+    apart = dict(as_stored(model, tensors))
+    assert apart["experts.3.w3.weight"].equal(model.experts.gate_up_proj[3, F:])
+    assert apart["experts.0.w2.weight"].equal(model.experts.down_proj[0])
+    fit_layouts(model, {"gate.weight", "experts.gate_up_proj", "experts.down_proj"})
+    assert dict(as_stored(model, tensors)).keys() == tensors.keys()
+    fit_layouts(model, apart)
+    again = as_in_model(model, apart)
+    assert all(again[name].equal(tensor) for name, tensor in tensors.items())
