@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from torchtune.models.config import HFConfig, layer_types
 from torchtune.models.from_config import attention_from, decoder_from, feed_forward_from, norms_from, rotary_from
 from torchtune.modules.decoder import CausalLM
@@ -69,7 +67,7 @@ def gemma_from(
     """
     config.refuse("use_bidirectional_attention", (None, False))
 
-    def norms_of_heads() -> dict[str, nn.Module]:
+    def norms_of_heads() -> dict[str, Any]:
         names = ("q_norm", "k_norm") if head_norms else ()
         return {name: RMSNorm(config.head_dim, config.rms_norm_eps, from_one=True) for name in names}
 
