@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -45,6 +45,18 @@ class TensorHeader:
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+
+
+class WeightSource(Protocol):
+    """Where tensors are read from, one at a time."""
+
+    headers: dict[str, TensorHeader]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU."""
+
+    def close(self) -> None:
+        """Let go of the files."""
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
