@@ -19,7 +19,7 @@ from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.naming import Block
 from torchtune.modules.stored import Layout, Piece, Stored
 
-Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+Choose = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Router(nn.Module):
@@ -28,10 +28,13 @@ class Router(nn.Module):
     No `Linear`: adapters and quantisers that look for linear layers leave it alone.
 
     Args:
-        choose: logits [T, E] -> weights [T, k] and experts [T, k].
+        choose: logits [T, E] -> weights [T, k] and experts [T, k]; takes the correction second, if there is one.
+        has_correction: a saved buffer [E] that is added to the scores for the choice alone (DeepSeek V3).
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, choose: Choose, *, bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, choose: Choose, *, bias: bool = False, has_correction: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
@@ -40,12 +43,16 @@ class Router(nn.Module):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
         self.choose = choose
+        self.has_correction = has_correction
+        if has_correction:
+            self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> weights [T, k], experts [T, k], logits [T, E]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
-        weights, experts = self.choose(logits)
+        correction = (self.e_score_correction_bias,) if self.has_correction else ()
+        weights, experts = self.choose(logits, *correction)
         return weights, experts, logits
 
 
@@ -59,6 +66,54 @@ def choose_then_softmax(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
     """A softmax over the k largest alone."""
     chosen, experts = logits.topk(top_k, dim=-1)
     return chosen.softmax(-1), experts
+
+
+def choose_by_groups(
+    logits: Tensor, *, top_k: int, num_groups: int, top_groups: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The k largest of a softmax over all experts, within the `top_groups` groups whose largest are largest.
+
+    Source: DeepSeek-V2, 2024 (arXiv:2405.04434), section 2.2.2.
+    """
+    scores = logits.softmax(-1)
+    best = scores.unflatten(-1, (num_groups, -1)).amax(-1)  # [T, groups]
+    weights, experts = scores.masked_fill(~_in_top_groups(best, top_groups, logits), 0.0).topk(top_k, dim=-1)
+    return weights * scale, experts
+
+
+def choose_by_biased_groups(
+    logits: Tensor,
+    correction: Tensor,
+    *,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalised: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The k largest sigmoids, chosen with a correction added and weighed without it.
+
+    A group counts by the sum of its two largest. Source: DeepSeek-V3, 2024 (arXiv:2412.19437), section 2.1.2.
+
+    Args:
+        correction: [E].
+        normalised: the weights sum to `scale`.
+    """
+    scores = logits.sigmoid()
+    ranked = scores + correction
+    best = ranked.unflatten(-1, (num_groups, -1)).topk(2, dim=-1).values.sum(-1)  # [T, groups]
+    ranked = ranked.masked_fill(~_in_top_groups(best, top_groups, logits), float("-inf"))
+    experts = ranked.topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, experts)
+    if normalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * scale, experts
+
+
+def _in_top_groups(best: Tensor, top_groups: int, logits: Tensor) -> Tensor:
+    """[T, E], whether an expert is in one of the groups that are largest by `best`, [T, groups]."""
+    chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(top_groups, dim=-1).indices, True)
+    return chosen.repeat_interleave(logits.shape[-1] // best.shape[-1], dim=-1)
 
 
 class Experts(Stored):
