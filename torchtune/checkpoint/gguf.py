@@ -1,181 +1,197 @@
-"""A GGUF file as a source of weights: header, tensor table, and the way back to Hugging Face names and layout.
+"""A GGUF file: header and tensors, under its own names. What they are to a model is in gguf_layout.py.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here, since the
-`gguf` library takes seconds for a large vocabulary; that library dequantises.
+`gguf` library takes seconds for a large vocabulary; that library dequantises and knows the names.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from torchtune.checkpoint.headers import TensorHeader
-from torchtune.errors import CheckpointError, MissingDependencyError, UnsupportedError, did_you_mean
+from torchtune.errors import CheckpointError, MissingDependencyError, UnsupportedError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 F32 = 0
-
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-
-# Within a block and outside; the same for all architectures of the Llama kind.
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-ROOT_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ROPE_FACTORS = "rope_freqs.weight"
+MAX_DIMS = 4
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+# Dequantising takes several arrays of the size of its result; a large tensor goes through it in pieces.
+CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
-class _Entry:
+class GGUFTensor:
+    """A tensor's place.
+
+    Attributes:
+        shape: as torch counts it, the contiguous dimension last.
+        kind: the number of its ggml type.
+        start: its first byte in `file`.
+    """
+
     name: str
-    dims: tuple[int, ...]  # as ggml counts them: the contiguous one first
+    shape: tuple[int, ...]
     kind: int
-    offset: int
+    file: Path
+    start: int
 
 
 class GGUFFile:
-    """The tensors of a GGUF file under Hugging Face names, and its metadata.
+    """A GGUF file, or a set of split ones where one of them is named.
 
     Attributes:
-        metadata: the file's key-value pairs.
-        headers: tensors by Hugging Face name. They are float32 when all of the file is, else bfloat16.
+        metadata: the key-value pairs; a set's first file has them.
+        tensors: by name.
+        library: `gguf`, with its tables of kinds and names.
 
     Raises:
-        CheckpointError: the file is cut or no GGUF file.
-        UnsupportedError: an architecture or a tensor that is not known here.
-        MissingDependencyError: quantised weights without the `gguf` library.
+        CheckpointError: a file is cut, damaged, no GGUF file, or absent from its set.
+        UnsupportedError: a version or a quantisation that can't be read; names the tensor and the kind.
+        MissingDependencyError: the `gguf` library is not there.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.library = _gguf_library()
+        self._data: dict[Path, mmap.mmap | bytes] = {}
+        self.tensors: dict[str, GGUFTensor] = {}
+        pairs = [self._parse(part) for part in _parts_of(path)]
+        self.metadata: Mapping[str, Any] = pairs[0]
+        self._check_set(len(pairs))
+        self._check_kinds()
+
+    @property
+    def architecture(self) -> str:
+        """The name under which its model's keys stand."""
+        return str(self.metadata.get("general.architecture"))
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether nothing in it is narrower."""
+        return all(tensor.kind == F32 for tensor in self.tensors.values())
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A key of the file's architecture."""
+        return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def need(self, key: str) -> Any:
+        """A key of the file's architecture that has no default.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        value = self.get(key)
+        if value is None:
+            raise CheckpointError(f"its metadata has no '{self.architecture}.{key}'", path=self.path)
+        return value
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """A tensor as float32, dequantised; writable memory of its own.
+
+        Args:
+            index: of the first dimension, to read no more than that: one expert of all.
+        """
+        tensor = self.tensors[name]
+        shape = tensor.shape if index is None else tensor.shape[1:]
+        row_elements, row_bytes = tensor.shape[-1], self._num_bytes(tensor.kind, tensor.shape[-1:])
+        num_rows = math.prod(shape[:-1])
+        start = tensor.start + (0 if index is None else index * num_rows * row_bytes)
+        raw = np.frombuffer(self._data[tensor.file], np.uint8, num_rows * row_bytes, start).reshape(num_rows, row_bytes)
+        kind = self.library.GGMLQuantizationType(tensor.kind)
+        values = np.empty((num_rows, row_elements), np.float32)
+        step = max(1, CHUNK_ELEMENTS // row_elements)
+        for first in range(0, num_rows, step):
+            rows = np.ascontiguousarray(raw[first : first + step])
+            values[first : first + step] = self.library.quants.dequantize(rows, kind)
+        return values.reshape(shape)
+
+    def _parse(self, path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-        if self._data[:4] != b"GGUF":
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        if data[:4] != b"GGUF":
             raise CheckpointError("is no GGUF file", path=path)
-        self.metadata, entries = self._parse()
-        self.architecture = str(self.metadata.get("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
-            raise UnsupportedError(
-                f"{path}: GGUF architecture '{self.architecture}' is not supported"
-                f"{did_you_mean(self.architecture, ARCHITECTURES)}"
-            )
-        self.rope_factors: np.ndarray | None = None
-        self._entries: dict[str, _Entry] = {}
-        for entry in entries:
-            if entry.name == ROPE_FACTORS:
-                self.rope_factors = self._read_entry(entry)
-            else:
-                self._entries[self._hf_name(entry.name)] = entry
-        is_float32 = all(entry.kind == F32 for entry in self._entries.values())
-        saved_as = torch.float32 if is_float32 else torch.bfloat16
-        self.headers = {
-            name: TensorHeader(tuple(reversed(entry.dims)), saved_as, path) for name, entry in self._entries.items()
-        }
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor as float32 on the CPU, in the half-rotated layout."""
-        weight = self._read_entry(self._entries[name])
-        if self.architecture == "llama" and (match := re.search(r"\.([qk])_proj\.", name)):
-            weight = _unpermuted(weight, self.num_heads if match[1] == "q" else self.num_kv_heads)
-        # A copy: the mapping is read-only, and a tensor may be trained in place.
-        return torch.from_numpy(
-            np.array(weight, order="C") if not weight.flags.writeable else np.ascontiguousarray(weight)
-        )
-
-    def close(self) -> None:
-        """Nothing is held open but the mapping, which ends with this object."""
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return int(self.metadata[f"{self.architecture}.attention.head_count"])
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads."""
-        return int(self.metadata.get(f"{self.architecture}.attention.head_count_kv", self.num_heads))
-
-    def _hf_name(self, name: str) -> str:
-        stem, _, suffix = name.rpartition(".")
-        if match := re.fullmatch(r"blk\.(\d+)\.(.+)", stem):
-            if match[2] in BLOCK_NAMES:
-                return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{suffix}"
-        elif stem in ROOT_NAMES:
-            return f"{ROOT_NAMES[stem]}.{suffix}"
-        raise UnsupportedError(f"{self.path}: tensor '{name}' is not known for architecture '{self.architecture}'")
-
-    def _parse(self) -> tuple[dict[str, Any], list[_Entry]]:
-        reader = _Reader(self._data, self.path)
+        self._data[path] = data
+        reader = _Reader(data, path)
         version = reader.scalar("I", at=4)
         if version not in (2, 3):
-            raise UnsupportedError(f"{self.path}: GGUF version {version} is not supported; versions 2 and 3 are")
+            raise UnsupportedError(f"{path}: GGUF version {version} is not supported; versions 2 and 3 are")
         num_tensors, num_pairs = reader.scalar("Q"), reader.scalar("Q")
         metadata = {}
         for _ in range(num_pairs):
             key = reader.string()
             metadata[key] = reader.value(reader.scalar("I"))
-        entries = []
-        for _ in range(num_tensors):
-            name = reader.string()
-            dims = tuple(reader.scalar("Q") for _ in range(reader.scalar("I")))
-            entries.append(_Entry(name, dims, reader.scalar("I"), reader.scalar("Q")))
-        alignment = int(metadata.get("general.alignment", 32))
-        self._start = -(-reader.position // alignment) * alignment
-        for entry in entries:
-            end = self._start + entry.offset + self._num_bytes(entry)
-            if end > len(self._data):
+        entries = [(reader.string(), reader.dims(), reader.scalar("I"), reader.scalar("Q")) for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise CheckpointError(f"its general.alignment is {alignment!r}", path=path)
+        data_start = -(-reader.position // alignment) * alignment
+        for name, dims, kind, offset in entries:
+            tensor = GGUFTensor(name, tuple(reversed(dims)), kind, path, data_start + offset)
+            end = tensor.start + self._tensor_bytes(tensor)
+            if end > len(data):
                 raise CheckpointError(
-                    f"it has {len(self._data)} bytes where tensor '{entry.name}' ends at {end}; download it again",
-                    path=self.path,
+                    f"it has {len(data)} bytes where tensor '{name}' ends at {end}; download it again", path=path
                 )
-        return metadata, entries
+            if name in self.tensors:
+                raise CheckpointError(f"tensor '{name}' is there twice", path=path)
+            self.tensors[name] = tensor
+        return metadata
 
-    def _num_bytes(self, entry: _Entry) -> int:
-        block, size = self._quant_sizes(entry)
-        return int(np.prod(entry.dims)) // block * size
+    def _check_set(self, num_files: int) -> None:
+        count = self.metadata.get("split.count", 1)
+        if count > 1 and num_files != count:
+            raise CheckpointError(
+                f"is one of {count} files; the set is read when they lie in one folder under their first names, "
+                f"'NAME-00001-of-{count:05}.gguf' and so on",
+                path=self.path,
+            )
+        expected = self.metadata.get("split.tensors.count", len(self.tensors))
+        if expected != len(self.tensors):
+            raise CheckpointError(
+                f"says that there are {expected} tensors in all its parts, which have {len(self.tensors)}",
+                path=self.path,
+            )
 
-    def _quant_sizes(self, entry: _Entry) -> tuple[int, int]:
-        gguf = _gguf_library()
+    def _check_kinds(self) -> None:
+        """Have one block of each kind dequantised, so that one that can't be is known before weights are read."""
+        for kind, tensor in {tensor.kind: tensor for tensor in self.tensors.values()}.items():
+            known = self.library.GGMLQuantizationType(kind)
+            _, block_bytes = self.library.GGML_QUANT_SIZES[known]
+            try:
+                self.library.quants.dequantize(np.zeros((1, block_bytes), np.uint8), known)
+            except NotImplementedError as error:
+                raise UnsupportedError(
+                    f"{self.path}: tensor '{tensor.name}' is of kind {known.name}, which the gguf library "
+                    "can't dequantise"
+                ) from error
+
+    def _tensor_bytes(self, tensor: GGUFTensor) -> int:
         try:
-            block, size = gguf.constants.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(entry.kind)]
+            block, _ = self.library.GGML_QUANT_SIZES[self.library.GGMLQuantizationType(tensor.kind)]
         except (ValueError, KeyError) as error:
             raise UnsupportedError(
-                f"{self.path}: tensor '{entry.name}' has the unknown quantisation {entry.kind}"
+                f"{tensor.file}: tensor '{tensor.name}' has the quantisation {tensor.kind}, which the installed gguf "
+                "library does not know"
             ) from error
-        return block, size
+        if tensor.shape[-1] % block:
+            raise CheckpointError(
+                f"tensor '{tensor.name}' has rows of {tensor.shape[-1]} elements in blocks of {block}",
+                path=tensor.file,
+            )
+        return self._num_bytes(tensor.kind, tensor.shape)
 
-    def _read_entry(self, entry: _Entry) -> np.ndarray:
-        shape = tuple(reversed(entry.dims))
-        start = self._start + entry.offset
-        raw = np.frombuffer(self._data, dtype=np.uint8, count=self._num_bytes(entry), offset=start)
-        if entry.kind == F32:
-            return raw.view(np.float32).reshape(shape)
-        gguf = _gguf_library()
-        kind = gguf.GGMLQuantizationType(entry.kind)
-        try:
-            return gguf.quants.dequantize(raw.reshape(*shape[:-1], -1), kind).reshape(shape)
-        except NotImplementedError as error:
-            raise UnsupportedError(
-                f"{self.path}: the gguf library can't dequantise {kind.name} ('{entry.name}')"
-            ) from error
+    def _num_bytes(self, kind: int, shape: tuple[int, ...]) -> int:
+        block, block_bytes = self.library.GGML_QUANT_SIZES[self.library.GGMLQuantizationType(kind)]
+        return math.prod(shape) // block * int(block_bytes)
 
 
 class _Reader:
@@ -188,37 +204,59 @@ class _Reader:
 
     def scalar(self, code: str, at: int | None = None) -> Any:
         self.position = self.position if at is None else at
-        try:
-            (value,) = struct.unpack_from("<" + code, self.data, self.position)
-        except struct.error as error:
-            raise CheckpointError(f"ends at {len(self.data)} bytes, within its header", path=self.path) from error
-        self.position += struct.calcsize("<" + code)
+        (value,) = struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))
         return value
 
     def string(self) -> str:
-        length = self.scalar("Q")
-        start, self.position = self.position, self.position + length
-        if self.position > len(self.data):
-            raise CheckpointError(f"ends at {len(self.data)} bytes, within its header", path=self.path)
-        return self.data[start : self.position].decode("utf-8")
+        try:
+            return self._take(self.scalar("Q")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"its header is damaged ({error})", path=self.path) from error
+
+    def dims(self) -> tuple[int, ...]:
+        """The sizes of a tensor as ggml counts them: the contiguous one first."""
+        num_dims = self.scalar("I")
+        if not 1 <= num_dims <= MAX_DIMS:
+            raise CheckpointError(f"its header is damaged: a tensor of {num_dims} dimensions", path=self.path)
+        sizes = tuple(self.scalar("Q") for _ in range(num_dims))
+        if 0 in sizes:
+            raise CheckpointError(f"its header is damaged: a tensor of the sizes {sizes}", path=self.path)
+        return sizes
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
-            return self.scalar(SCALARS[kind])
+            return self.scalar(self._code(kind))
         item, length = self.scalar("I"), self.scalar("Q")
-        if item in (STRING, ARRAY):
-            return [self.value(item) for _ in range(length)]
-        values = struct.unpack_from(f"<{length}{SCALARS[item]}", self.data, self.position)
-        self.position += struct.calcsize(f"<{length}{SCALARS[item]}")
-        return list(values)
+        if item == STRING:
+            return [self.string() for _ in range(length)]
+        size = struct.calcsize("<" + self._code(item))
+        return list(struct.unpack(f"<{length}{self._code(item)}", self._take(length * size)))
+
+    def _code(self, kind: int) -> str:
+        if kind not in SCALARS:
+            raise CheckpointError(f"its header is damaged: a value of kind {kind}", path=self.path)
+        return SCALARS[kind]
+
+    def _take(self, num_bytes: int) -> bytes:
+        start, self.position = self.position, self.position + num_bytes
+        if self.position > len(self.data):
+            raise CheckpointError(f"ends at {len(self.data)} bytes, within its header", path=self.path)
+        return self.data[start : self.position]
 
 
-def _unpermuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of each head from pairs (0, 1), (2, 3), ... to halves: the layout of Hugging Face checkpoints."""
-    rest = weight.shape[1:]
-    return weight.reshape(num_heads, -1, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
+def _parts_of(path: Path) -> list[Path]:
+    """The files of the set that `path` is of, the first one first."""
+    match = SPLIT_NAME.fullmatch(path.name)
+    if not match:
+        return [path]
+    count = int(match["count"])
+    parts = [path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    absent = [part.name for part in parts if not part.exists()]
+    if absent:
+        raise CheckpointError(f"is one of {count} files, of which {', '.join(absent[:5])} is missing", path=path)
+    return parts
 
 
 def _gguf_library() -> Any:

@@ -2,111 +2,132 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 
-from torchtune.checkpoint.gguf import ARCHITECTURES, GGUFFile
+from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.gguf_architectures import decimal, find_architecture
 from torchtune.errors import UnsupportedError
 from torchtune.tokenizers.gguf import gguf_tokenizer
 
-NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# `mscale_all_dim` is the file's multiplier times this: converters write a tenth of DeepSeek's.
+LOG_MULTIPLIERS = {"deepseek2": 10, "mistral3": 1}
+SCALED_BY_DEFAULT = ("gpt_oss", "ministral3")
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
-    """The config.json that this file's metadata and tensors amount to."""
-    arch = file.architecture
+    """The config.json that this file's metadata and tensors amount to.
 
-    def get(key: str, default: Any = None) -> Any:
-        return file.metadata.get(f"{arch}.{key}", default)
-
-    model_type = ARCHITECTURES[arch]
-    hidden_size, num_heads = int(get("embedding_length")), file.num_heads
-    config: dict[str, Any] = {
-        "architectures": [
-            {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[arch]
-        ],
-        "model_type": model_type,
-        "vocab_size": file.headers["model.embed_tokens.weight"].shape[0],
-        "hidden_size": hidden_size,
-        "intermediate_size": int(get("feed_forward_length")),
-        "num_hidden_layers": int(get("block_count")),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": file.num_kv_heads,
-        "head_dim": int(get("attention.key_length") or hidden_size // num_heads),
-        "hidden_act": "silu",
-        "max_position_embeddings": int(get("context_length")),
-        "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(get("rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "lm_head.weight" not in file.headers,
-        "torch_dtype": str(next(iter(file.headers.values())).dtype).removeprefix("torch."),
-    }
-    if arch != "qwen2":
-        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in file.headers
-    if scaling := _rope_scaling(file, get, config):
+    Raises:
+        CheckpointError: a key or a tensor that it needs is absent.
+        UnsupportedError: an architecture, or an option of it, that is not known here.
+    """
+    config = find_architecture(file).config(file)
+    if scaling := _rope_scaling(file, config):
         config["rope_scaling"] = scaling
-    for name in ("bos", "eos", "padding"):
-        token_id = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None:
-            config[f"{NAMES[name]}_id"] = int(token_id)
-    return config
+    config["torch_dtype"] = "float32" if file.is_float32 else "bfloat16"
+    # Said where there is none, since Hugging Face's defaults are other models' tokens.
+    return {**config, **dict.fromkeys(f"{name}_id" for name in NAMES.values()), **_special_tokens(file)}
 
 
-def _rope_scaling(file: GGUFFile, get: Any, config: dict[str, Any]) -> dict[str, Any] | None:
-    if file.rope_factors is not None:
-        return _llama3_scaling(file.rope_factors, config)
-    kind = get("rope.scaling.type")
+def hf_generation_config(file: GGUFFile) -> dict[str, Any]:
+    """The generation_config.json: which tokens begin and end."""
+    return _special_tokens(file)
+
+
+def hf_tokenizer(file: GGUFFile) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json that encode as this file's tokenizer does; none where it has none.
+
+    Raises:
+        UnsupportedError: a kind of tokenizer that is not known here.
+    """
+    if file.metadata.get("tokenizer.ggml.model") in (None, "none"):
+        return {}
+    try:
+        tokenizer_json, config = gguf_tokenizer(file.metadata)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{file.path}: {error}") from error
+    return {
+        "tokenizer.json": tokenizer_json,
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2).encode(),
+    }
+
+
+def _special_tokens(file: GGUFFile) -> dict[str, int]:
+    found = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in NAMES}
+    return {f"{NAMES[name]}_id": int(token_id) for name, token_id in found.items() if token_id is not None}
+
+
+def _rope_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
+    if ROPE_FREQS in file.tensors:
+        return _llama3_scaling(file, config)
+    if ROPE_LONG in file.tensors:
+        return _long_scaling(file, config)
+    kind = file.get("rope.scaling.type")
     if kind in (None, "none"):
-        return None
+        # Where Hugging Face's default is a scaling, none has to be said.
+        return {"rope_type": "default"} if config["model_type"] in SCALED_BY_DEFAULT else None
     if kind not in ("linear", "yarn"):
         raise UnsupportedError(f"{file.path}: rope scaling '{kind}' is not supported; linear, yarn and llama3's are")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": _decimal(get("rope.scaling.factor"))}
-    if original := get("rope.scaling.original_context_length"):
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": decimal(file.need("rope.scaling.factor"))}
+    if original := file.get("rope.scaling.original_context_length"):
         scaling["original_max_position_embeddings"] = int(original)
+    if kind == "yarn":
+        scaling |= _yarn_options(file, config)
     return scaling
 
 
-def _llama3_scaling(factors: np.ndarray, config: dict[str, Any]) -> dict[str, Any]:
+def _yarn_options(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    if file.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise UnsupportedError(f"{file.path}: rope.scaling.attn_factor is not supported with yarn")
+    options: dict[str, Any] = {}
+    for name in ("beta_fast", "beta_slow"):
+        if value := file.get(f"rope.scaling.yarn_{name}"):
+            options[name] = decimal(value)
+    if multiplier := file.get("rope.scaling.yarn_log_multiplier"):
+        if file.architecture not in LOG_MULTIPLIERS:
+            raise UnsupportedError(f"{file.path}: rope.scaling.yarn_log_multiplier is not supported for this model")
+        # `mscale` is not in the file; it is the same number in all their checkpoints.
+        options["mscale"] = options["mscale_all_dim"] = decimal(LOG_MULTIPLIERS[file.architecture] * multiplier)
+    if temperature := file.get("attention.temperature_scale"):
+        options["llama_4_scaling_beta"] = decimal(temperature)
+    if config["model_type"] == "gpt_oss":
+        options["truncate"] = False  # no key says so; its checkpoints all do
+    return options
+
+
+def _long_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Phi 3's: a factor for each frequency, for short and for long texts.
+
+    The attention factor follows from the context lengths, for Hugging Face and in the file alike.
+    """
+    return {
+        "rope_type": "longrope",
+        "short_factor": [decimal(value) for value in file.read(ROPE_SHORT)],
+        "long_factor": [decimal(value) for value in file.read(ROPE_LONG)],
+        "original_max_position_embeddings": config["original_max_position_embeddings"],
+    }
+
+
+def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3.1 and later keep what each frequency is divided by; the options behind it are found again."""
+    factors = file.read(ROPE_FREQS)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
     head_dim = config["head_dim"]
     inv_freq = config["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     wavelength = 2 * np.pi / inv_freq
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
-    if not np.allclose(expected, factors, rtol=1e-4):
-        raise UnsupportedError("the GGUF file's rope_freqs are not Llama 3.1's; open the original checkpoint instead")
+    if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
+        raise UnsupportedError(f"{file.path}: its rope_freqs are not Llama 3.1's; open the original checkpoint instead")
     return {
         "rope_type": "llama3",
-        "factor": factor,
+        "factor": decimal(factor),
         "low_freq_factor": low,
         "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }
-
-
-def _decimal(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, where the file holds 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
-def hf_generation_config(file: GGUFFile) -> dict[str, Any]:
-    """The generation_config.json: which tokens begin and end."""
-    found = {}
-    for name in ("bos", "eos", "padding"):
-        token_id = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None:
-            found[{"padding": "pad"}.get(name, name) + "_token_id"] = int(token_id)
-    return found
-
-
-def hf_tokenizer(file: GGUFFile) -> tuple[bytes, dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json that encode as this file's tokenizer does.
-
-    Raises:
-        UnsupportedError: a kind of tokenizer that is not known here.
-    """
-    try:
-        return gguf_tokenizer(file.metadata)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{file.path}: {error}") from error

@@ -17,6 +17,7 @@ from torch import nn
 from torchtune.checkpoint.folder import SafetensorsFolder
 from torchtune.checkpoint.gguf import GGUFFile
 from torchtune.checkpoint.gguf_config import hf_config, hf_generation_config, hf_tokenizer
+from torchtune.checkpoint.gguf_layout import GGUFWeights
 from torchtune.checkpoint.headers import TensorHeader, read_json
 from torchtune.checkpoint.hub import resolve
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
@@ -279,13 +280,9 @@ def _with_tokenizer_json(files: dict[str, bytes], config: Mapping[str, Any], pat
 def _open_gguf(source: str, path: Path) -> Checkpoint:
     if path.suffix != ".gguf":
         raise CheckpointError("is neither a folder nor a .gguf file", path=path)
-    weights = GGUFFile(path)
-    tokenizer_json, tokenizer_config = hf_tokenizer(weights)
-    files = {
-        "tokenizer.json": tokenizer_json,
-        "tokenizer_config.json": json.dumps(tokenizer_config, ensure_ascii=False, indent=2).encode(),
-    }
-    return Checkpoint(source, path, hf_config(weights), hf_generation_config(weights), files, weights)
+    file = GGUFFile(path)
+    config = hf_config(file)
+    return Checkpoint(source, path, config, hf_generation_config(file), hf_tokenizer(file), GGUFWeights(file, config))
 
 
 def _open_folder(source: str, path: Path, with_weights: bool) -> Checkpoint:

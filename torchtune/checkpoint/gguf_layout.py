@@ -1,0 +1,244 @@
+"""A GGUF file's tensors under the names and in the layout of a Hugging Face checkpoint.
+
+The model says which tensors its checkpoints have, the `gguf` library what each is called in the file. What is
+stored otherwise there than in Hugging Face's files is a rule here, by architecture:
+
+- Rotary embeddings turn pairs of neighbours in what llama.cpp calls its normal kind, so that rows of queries and
+  keys were reordered for checkpoints that turn halves: Llama's own and those built on its code.
+- Gemma's norms multiply by 1 + weight, and the file has the sum.
+- GPT-2's linear layers are written as [in, out] by Hugging Face and as [out, in] here.
+- GPT-NeoX has the query, key and value of each head side by side, the file all queries, all keys, all values.
+- Experts are one tensor a projection, [E, out, in], and Hugging Face's a tensor each or gate and up together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.headers import TensorHeader
+from torchtune.errors import CheckpointError, UnsupportedError
+from torchtune.models.build import build_model
+from torchtune.modules.stored import as_stored, stored_tensors
+
+# They are in the config: what each rotary frequency is divided by.
+ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+# Endings that are a part of the name for Hugging Face and say where a tensor belongs in the file.
+UNLIKE_NAMES = {
+    ".self_attn.sinks": ".self_attn.sinks.weight",
+    ".e_score_correction_bias": ".e_score_correction.bias",
+    ".experts.down_proj": ".experts.down_proj.weight",
+    ".experts.down_proj_bias": ".experts.down_proj.bias",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the file, or one index of its first dimension."""
+
+    name: str
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint's tensor is made from, and how: also called with meta tensors, for the shape."""
+
+    parts: tuple[Part, ...]
+    make: Callable[..., Tensor] = lambda tensor: tensor
+
+
+class GGUFWeights:
+    """The tensors of a GGUF file as those of a Hugging Face checkpoint.
+
+    Attributes:
+        headers: by Hugging Face name. They are float32 when all of the file is, else bfloat16.
+
+    Args:
+        config: the config.json that the file amounts to.
+
+    Raises:
+        UnsupportedError: tensors that have no place in the model; names them.
+    """
+
+    def __init__(self, file: GGUFFile, config: Mapping[str, Any]) -> None:
+        self._file = file
+        with torch.device("meta"):
+            model = build_model(config)
+        library = file.library
+        architecture = {name: arch for arch, name in library.MODEL_ARCH_NAMES.items()}[file.architecture]
+        self._names = library.get_tensor_name_map(architecture, int(config_layers(config)))
+        self._config = config
+        shapes = {name: tuple(tensor.shape) for name, tensor in as_stored(model, stored_tensors(model))}
+        origins = {name: self._origin(name) for name in shapes}
+        found = {name: origin for name, origin in origins.items() if self._is_there(origin)}
+        self._origins = {name: self._in_shape(origin, shapes[name]) for name, origin in found.items()}
+        used = {part.name for origin in self._origins.values() for part in origin.parts}
+        if unknown := sorted(set(file.tensors) - used - ROPE_TENSORS):
+            raise UnsupportedError(
+                f"{file.path}: {len(unknown)} tensors have no place in a model of architecture '{file.architecture}': "
+                f"{', '.join(unknown[:5])}"
+            )
+        self._saved_as = torch.float32 if file.is_float32 else torch.bfloat16
+        self.headers = {name: self._header(origin) for name, origin in self._origins.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as float32 on the CPU."""
+        origin = self._origins[name]
+        parts = [torch.from_numpy(self._file.read(part.name, part.index)) for part in origin.parts]
+        return origin.make(*parts).contiguous()
+
+    def close(self) -> None:
+        """Nothing is held open but the mapping, which ends with this object."""
+
+    def _origin(self, name: str) -> Origin:
+        for pattern, rule in RULES.get(self._file.architecture, ()):
+            if match := re.search(pattern, name):
+                return rule(self, match)
+        return Origin((self.part(name),))
+
+    def part(self, name: str, index: int | None = None) -> Part:
+        """The file's tensor, or part of it, for a Hugging Face name."""
+        for ending, written in UNLIKE_NAMES.items():
+            if name.endswith(ending):
+                name = name.removesuffix(ending) + written
+        if expert := re.search(r"\.experts\.(\d+)\.", name):
+            name, index = name.replace(expert[0], ".experts."), int(expert[1])
+        stem, _, suffix = name.rpartition(".")
+        return Part(f"{self._names.get_name(stem)}.{suffix}", index)
+
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return name in self._file.tensors
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json."""
+        return self._config
+
+    def _is_there(self, origin: Origin) -> bool:
+        return all(self.has(part.name) for part in origin.parts)
+
+    def _shape(self, origin: Origin) -> tuple[int, ...]:
+        shapes = [(self._file.tensors[part.name].shape, part.index) for part in origin.parts]
+        for part, (shape, index) in zip(origin.parts, shapes, strict=True):
+            if index is not None and index >= shape[0]:
+                raise CheckpointError(f"tensor '{part.name}' has {shape[0]} parts", path=self._file.path)
+        metas = [torch.empty(shape if index is None else shape[1:], device="meta") for shape, index in shapes]
+        try:
+            return tuple(origin.make(*metas).shape)
+        except RuntimeError as error:
+            named = ", ".join(f"'{part.name}' {shape}" for part, (shape, _) in zip(origin.parts, shapes, strict=True))
+            raise CheckpointError(f"{named} does not fit its metadata: {error}", path=self._file.path) from error
+
+    def _in_shape(self, origin: Origin, shape: tuple[int, ...]) -> Origin:
+        """The file has no dimensions of size one."""
+        made = self._shape(origin)
+        if made != shape and [size for size in made if size > 1] == [size for size in shape if size > 1]:
+            return Origin(origin.parts, lambda *parts: origin.make(*parts).reshape(shape))
+        return origin
+
+    def _header(self, origin: Origin) -> TensorHeader:
+        return TensorHeader(self._shape(origin), self._saved_as, self._file.tensors[origin.parts[0].name].file)
+
+
+Rule = Callable[[GGUFWeights, "re.Match[str]"], Origin]
+
+
+def config_layers(config: Mapping[str, Any]) -> int:
+    """The number of layers, under whichever key."""
+    return int(config.get("num_hidden_layers") or config["n_layer"])
+
+
+def changed(change: Callable[[Tensor], Tensor]) -> Rule:
+    """The file's tensor, changed."""
+    return lambda weights, match: Origin((weights.part(match.string),), change)
+
+
+def gate_and_up(join: Callable[[Tensor, Tensor], Tensor], suffix: str, *, shared: bool = False) -> Rule:
+    """Gate and up of all experts, or of the shared one, in one tensor."""
+    kind = "shexp" if shared else "exps"
+
+    def rule(weights: GGUFWeights, match: re.Match[str]) -> Origin:
+        layer = re.search(r"\.(\d+)\.", match.string)
+        assert layer is not None
+        return Origin(tuple(Part(f"blk.{layer[1]}.ffn_{which}_{kind}.{suffix}") for which in ("gate", "up")), join)
+
+    return rule
+
+
+def _halves(weights: GGUFWeights, match: re.Match[str]) -> Origin:
+    num_heads = weights.config["num_attention_heads" if match["which"] == "q" else "num_key_value_heads"]
+
+    def change(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    return Origin((weights.part(match.string),), change)
+
+
+def _heads_side_by_side(weights: GGUFWeights, match: re.Match[str]) -> Origin:
+    num_heads = weights.config["num_attention_heads"]
+
+    def change(weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
+
+    return Origin((weights.part(match.string),), change)
+
+
+def _head_norm(weights: GGUFWeights, match: re.Match[str]) -> Origin:
+    """StableLM 2 has a norm for each head, the file all of them as one tensor."""
+    return Origin((Part(f"blk.{match['layer']}.attn_{match['which']}_norm.weight", int(match["head"])),))
+
+
+def _kv_b(weights: GGUFWeights, match: re.Match[str]) -> Origin:
+    """DeepSeek's expansion of keys and values: newer files have them apart, the keys' transposed in each head."""
+    whole = weights.part(match.string)
+    if weights.has(whole.name):
+        return Origin((whole,))
+    keys, values = (Part(whole.name.replace("attn_kv_b", name)) for name in ("attn_k_b", "attn_v_b"))
+    return Origin((keys, values), lambda k, v: torch.cat([k.transpose(1, 2), v], dim=1).flatten(0, 1))
+
+
+def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.stack([gate, up], dim=2).flatten(1, 2)
+
+
+TRANSPOSED = changed(lambda weight: weight.transpose(-2, -1))
+LLAMA_ROTARY = (r"\.(?P<which>[qk])_proj\.(weight|bias)$", _halves)
+ONE_PLUS_NORMS = (r"norm\.weight$", changed(lambda weight: weight - 1))
+
+RULES: dict[str, Sequence[tuple[str, Rule]]] = {
+    "llama": [LLAMA_ROTARY],
+    "mistral3": [LLAMA_ROTARY],
+    "granite": [LLAMA_ROTARY],
+    "granitemoe": [
+        LLAMA_ROTARY,
+        (r"shared_mlp\.input_linear\.weight$", gate_and_up(lambda g, u: torch.cat([g, u]), "weight", shared=True)),
+        (r"\.input_linear\.weight$", gate_and_up(lambda g, u: torch.cat([g, u], dim=1), "weight")),
+    ],
+    "smollm3": [LLAMA_ROTARY],
+    "llama4": [
+        (r"experts\.gate_up_proj$", gate_and_up(lambda g, u: torch.cat([g, u], dim=1).transpose(1, 2), "weight")),
+        (r"experts\.down_proj$", TRANSPOSED),
+    ],
+    "gemma": [ONE_PLUS_NORMS],
+    "gemma2": [ONE_PLUS_NORMS],
+    "gemma3": [ONE_PLUS_NORMS],
+    "gpt2": [(r"\.(c_attn|c_proj|c_fc)\.weight$", TRANSPOSED)],
+    "gptneox": [(r"\.query_key_value\.(weight|bias)$", _heads_side_by_side)],
+    "stablelm": [
+        (r"\.(?P<layer>\d+)\.self_attn\.(?P<which>[qk])_layernorm\.norms\.(?P<head>\d+)\.weight$", _head_norm)
+    ],
+    "deepseek2": [(r"\.kv_b_proj\.weight$", _kv_b)],
+    "gpt-oss": [
+        (r"experts\.gate_up_proj$", gate_and_up(lambda g, u: _interleaved(g, u).transpose(1, 2), "weight")),
+        (r"experts\.gate_up_proj_bias$", gate_and_up(_interleaved, "bias")),
+        (r"experts\.down_proj$", TRANSPOSED),
+    ],
+}
