@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.models.auto import AutoModelForCausalLM
+from transformers.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
@@ -28,10 +28,16 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LENGTHS = (9, 1, 14)
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' loader of the config's models: of those that see, some have one of their own."""
+    known = AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if type(config) in known else AutoModelForImageTextToText
+
+
 def random_model(config: Any, *, seed: int = 0, std: float = 0.2) -> Any:
     """transformers' model of a config, random everywhere: fresh norms and biases would hide a dropped one."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and (isinstance(tensor, torch.nn.Parameter) or "correction_bias" in name):
@@ -135,7 +141,7 @@ def check_round_trip(folder: Path, config: Any, *, dtype: torch.dtype = torch.fl
     assert json.loads((source / "config.json").read_text()) == json.loads((target / "config.json").read_text())
     assert len(list(target.glob("model-*.safetensors"))) > 1
     assert before.keys() >= model.state_dict().keys()
-    _, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    _, info = auto_class(config).from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
 
@@ -168,9 +174,21 @@ def check_other_spelling(folder: Path, config: Any, changes: dict[str, Any], *, 
     for key, value in changes.items():
         values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
     path.write_text(json.dumps(values))
-    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    theirs = auto_class(config).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     ids = torch.randint(0, config.get_text_config().vocab_size, (1, 30), generator=torch.Generator().manual_seed(1))
     assert_close(load_model(folder, dtype=torch.float32)(ids), theirs(ids).logits, 1e-5, "logits")
+
+
+def all_under_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model that sees, as transformers 4.52 and later wrote it: all but the head stands under `model.`."""
+    prefixes = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    prefixes |= {name: f"model.{name}" for name in ("vision_tower.", "multi_modal_projector.")}
+    return {
+        new + name.removeprefix(old): tensor
+        for name, tensor in tensors.items()
+        for old, new in prefixes.items()
+        if name.startswith(old)
+    }
 
 
 def check_rewritten(folder: Path, config: Any, rewrite: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -190,7 +208,7 @@ def check_rewritten(folder: Path, config: Any, rewrite: Callable[[dict[str, Tens
     saved = stored_tensors(target)
     assert saved.keys() == tensors.keys()
     assert all(tensor.equal(tensors[name]) for name, tensor in saved.items())
-    theirs, info = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager", output_loading_info=True)
+    theirs, info = auto_class(config).from_pretrained(target, attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"]
     assert_close(theirs(ids).logits, expected(ids).logits, 1e-5, "logits of what was saved")
 

@@ -3,7 +3,7 @@
 import pytest
 from transformers import Gemma3Config, Gemma3TextConfig
 
-from tests.models.oracle import HEADS, SIZES, check_family, check_other_spelling, check_rewritten
+from tests.models.oracle import HEADS, SIZES, all_under_model, check_family, check_other_spelling, check_rewritten
 from torchtune.checkpoint.load import load_model
 from torchtune.errors import UnsupportedError
 from torchtune.models.build import build_model
@@ -92,18 +92,7 @@ def test_text_config_of_the_first_release(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_names_of_the_second_release(tmp_path, tied):
     """Everything stands under `model.`, the head beside it; they are read and written so."""
-
-    def rewrite(tensors):
-        prefixes = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
-        prefixes |= {name: f"model.{name}" for name in ("vision_tower.", "multi_modal_projector.")}
-        return {
-            new + name.removeprefix(old): tensor
-            for name, tensor in tensors.items()
-            for old, new in prefixes.items()
-            if name.startswith(old)
-        }
-
-    check_rewritten(tmp_path, seeing(tie_word_embeddings=tied), rewrite)
+    check_rewritten(tmp_path, seeing(tie_word_embeddings=tied), all_under_model)
     names = load_model(tmp_path / "source").state_dict()
     assert "model.language_model.layers.2.self_attn.q_norm.weight" in names
     assert ("lm_head.weight" in names) is not tied

@@ -33,6 +33,12 @@ def test_config_with_keys_left_out(tmp_path):
     check_other_spelling(tmp_path, SmolLM3Config(**BASE), {}, without=left_out)
 
 
+def test_windows_where_no_list_says_them(tmp_path):
+    """They are on the layers without positions."""
+    config = SmolLM3Config(**BASE, use_sliding_window=True, sliding_window=5, no_rope_layer_interval=2)
+    check_other_spelling(tmp_path, config, {}, without=["layer_types"])
+
+
 def test_config_of_the_first_release(tmp_path):
     """The rotary base at the top, stretched by the older key."""
     changes = {"rope_theta": 5e4, "rope_scaling": YARN | {"rope_theta": 5e4}}

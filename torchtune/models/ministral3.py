@@ -39,8 +39,8 @@ ROPE = {
 }
 
 
-def build(values: Mapping[str, Any]) -> CausalLM:
-    """A Ministral 3 from its config.json."""
+def build(values: Mapping[str, Any], **options: Any) -> CausalLM:
+    """A Ministral 3 from its config.json; `options` are those of `CausalLM`."""
     config = HFConfig(values, DEFAULTS)
     has_rope = config.get("rope_parameters") or config.get("rope_scaling")
     rope = config.rope_parameters if has_rope else ROPE
@@ -52,7 +52,7 @@ def build(values: Mapping[str, Any]) -> CausalLM:
             **norms_from(config, "input_layernorm", "post_attention_layernorm"),
         )
 
-    return decoder_from(config, layer, rotary_from(config, rope))
+    return decoder_from(config, layer, rotary_from(config, rope), **options)
 
 
 def _query_scale(config: HFConfig, rope: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:

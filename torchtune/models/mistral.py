@@ -24,8 +24,8 @@ DEFAULTS = {
 }
 
 
-def build(values: Mapping[str, Any]) -> CausalLM:
-    """A Mistral from its config.json."""
+def build(values: Mapping[str, Any], **options: Any) -> CausalLM:
+    """A Mistral from its config.json; `options` are those of `CausalLM`."""
     config = HFConfig(values, DEFAULTS)
     windows = layer_windows(config)
 
@@ -36,4 +36,4 @@ def build(values: Mapping[str, Any]) -> CausalLM:
             **norms_from(config, "input_layernorm", "post_attention_layernorm"),
         )
 
-    return decoder_from(config, layer, rotary_from(config))
+    return decoder_from(config, layer, rotary_from(config), **options)
