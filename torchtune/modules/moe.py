@@ -68,6 +68,12 @@ def choose_then_softmax(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
     return chosen.softmax(-1), experts
 
 
+def choose_then_sigmoid(logits: Tensor, *, top_k: int) -> tuple[Tensor, Tensor]:
+    """The sigmoids of the k largest, each for itself (Llama 4)."""
+    chosen, experts = logits.topk(top_k, dim=-1)
+    return chosen.sigmoid(), experts
+
+
 def choose_by_groups(
     logits: Tensor, *, top_k: int, num_groups: int, top_groups: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps)
 
 
+class PlainRMSNorm(nn.Module):
+    """x / rms(x) over the last dim, taken in float32, without a weight (Llama 4's L2 norm)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """(x - mean(x)) / std(x) * weight + bias over the last dim, taken in float32. Source: arXiv:1607.06450.
 
