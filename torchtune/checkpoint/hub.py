@@ -10,7 +10,7 @@ from torchtune.errors import CheckpointError, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # What a checkpoint is made of; other forms of the same weights are left where they are.
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "LICENSE*"]
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors", "runs/*"]
 
 

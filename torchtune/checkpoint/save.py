@@ -33,9 +33,9 @@ def save_model(
 ) -> None:
     """Write a model into `folder` as the checkpoint that it came from.
 
-    Each tensor gets the type that it has in `checkpoint`, the names are the same, no field of the config is
-    dropped, a tied head is written only where the source had a copy of it, and what the source holds beside the
-    model (a vision tower) is written as it was.
+    Each tensor gets the type that it has in `checkpoint`, the names are the same, no field of the config but
+    `quantization_config` is dropped, a tied head is written only where the source had a copy of it, and what the
+    source holds beside the model (a vision tower) is written as it was.
 
     Args:
         model: its parameters may have any float type, on any device.
@@ -59,7 +59,7 @@ def save_model(
 
 def _as_in_source(model: CausalLM, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     carried = checkpoint.carried(model)
-    embedding = _stored_embedding(model)
+    embedding = stored_pieces(model)[model.vocabulary_parameters[0]][0].name
     for name, tensor in as_stored(model, stored_tensors(model)):
         dtype = checkpoint.tensors[name].dtype
         saved = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
@@ -73,14 +73,10 @@ def _as_in_source(model: CausalLM, checkpoint: Checkpoint) -> Iterator[tuple[str
             yield name, checkpoint.weights.read(name)
 
 
-def _stored_embedding(model: CausalLM) -> str:
-    weight = model.model.embed_tokens.weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
-    return stored_pieces(model)[name][0].name
-
-
 def _shard_bytes(checkpoint: Checkpoint) -> int | None:
-    """Bytes of the source's largest shard; None where all lies in one file."""
+    """Bytes of the source's largest shard; None where all lies in one file, or in fewer bytes than it will have."""
+    if checkpoint.config.get("quantization_config"):
+        return None
     sizes: dict[Path, int] = {}
     for header in checkpoint.tensors.values():
         sizes[header.file] = sizes.get(header.file, 0) + torch.Size(header.shape).numel() * header.dtype.itemsize
@@ -117,8 +113,13 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_byte
 
 
 def _honest_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The source's config; its dtype key, under the spelling it has, says what the file holds."""
+    """The source's config; its dtype key, under the spelling it has, says what the file holds.
+
+    Weights that were quantised in the source (MXFP4) are not in what is saved, so the config doesn't say it either.
+    """
     config = dict(checkpoint.config)
+    if config.get("quantization_config"):
+        del config["quantization_config"]
     held = checkpoint.held_dtype
     for key in ("dtype", "torch_dtype"):
         if config.get(key) is not None and str(config[key]).removeprefix("torch.") != str(held).removeprefix("torch."):

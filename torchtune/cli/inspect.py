@@ -29,10 +29,10 @@ Takes the keys of a fine-tune (model_checkpoint=..., dataset=..., max_seq_len=..
 def run(argv: list[str]) -> int:
     """Print statistics and rows, or write them as a page or as JSON lines."""
     options, keys = _parse(argv)
-    from torchtune.checkpoint.open import open_checkpoint
     from torchtune.config.parse import parse_params
     from torchtune.data.inspection.statistics import statistics
     from torchtune.recipes import choices
+    from torchtune.recipes.base_checkpoint import open_base_checkpoint
     from torchtune.recipes.checks import check_data
     from torchtune.recipes.finetune_data import prepare_data
     from torchtune.recipes.params import FinetuneParams
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
 
     params = parse_params(FinetuneParams, keys)
     check_data(params)
-    checkpoint = open_checkpoint(params.model_checkpoint, tokenizer=params.tokenizer, weights=False)
+    checkpoint = open_base_checkpoint(params.model_checkpoint, params, weights=False)
     tokenizer = checkpoint.tokenizer()
     limit = choices.longest_allowed(params, checkpoint.config)
     data = prepare_data(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
+from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.modules.decoder import CausalLM
 
 Build = Callable[[Mapping[str, Any]], CausalLM]
@@ -94,10 +95,11 @@ def find_family(model_type: str) -> Family:
     if model_type in _registered:
         return _registered[model_type]
     if model_type not in FILES:
-        known = {*FILES, *_registered}
+        near = difflib.get_close_matches(model_type, {*FILES, *_registered}, n=3, cutoff=0.5)
         raise UnsupportedError(
-            f"model_type '{model_type}' is not supported{did_you_mean(model_type, known)}; "
-            f"`tune ls --models` lists those that are, and torchtune.models.build.register_family adds one"
+            f"model_type '{model_type}' is not supported"
+            + (f"; the nearest that are: {', '.join(near)}" if near else "")
+            + ". `tune ls --models` lists all, and torchtune.models.build.register_family adds one"
         )
     module = import_module(f"torchtune.models.{FILES[model_type]}")
     return Family(model_type, module.build, module.COVERS)

@@ -144,6 +144,13 @@ class CausalLM(Block):
         """[V, D], the output projection."""
         return self.model.embed_tokens.weight if self.is_tied else self.lm_head.weight
 
+    @property
+    def vocabulary_parameters(self) -> list[str]:
+        """Names of the parameters that have a row a token: the embedding's weight, and the head's if it owns one."""
+        rows = [self.model.embed_tokens.weight] + ([] if self.is_tied else [self.lm_head.weight])
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return [names[id(parameter)] for parameter in rows]
+
     def empty_cache(self, num_documents: int = 1) -> KVCache:
         """A cache for decoding so many documents, that has seen nothing."""
         return KVCache.empty(len(self.model.layers), num_documents, max_positions=self.model.max_positions)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from torchtune.checkpoint.open import open_checkpoint, open_tokenizer_files
+from torchtune.checkpoint.open import open_tokenizer_files
 from torchtune.data.files.find import check_paths
 from torchtune.errors import ConfigError, Problem, TuneError
 from torchtune.models.build import build_model
 from torchtune.models.config import context_length
+from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder
@@ -77,7 +78,7 @@ def _look_at_data(params: FinetuneParams, problems: _Problems) -> None:
 
 
 def _check_checkpoint(params: FinetuneParams) -> None:
-    checkpoint = open_checkpoint(params.model_checkpoint, tokenizer=params.tokenizer)
+    checkpoint = open_base_checkpoint(params.model_checkpoint, params)
     with torch.device("meta"):
         model = build_model(checkpoint.config)
     checkpoint.check(model, checkpoint.tokenizer())

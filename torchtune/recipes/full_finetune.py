@@ -50,6 +50,7 @@ from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes import choices
+from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
 from torchtune.recipes.finetune_data import deal, prepare_data
 from torchtune.recipes.params import FinetuneParams
@@ -134,7 +135,7 @@ class FullFinetuneRecipe:
         """
         folder = self._output.resume_from
         if folder is None:
-            checkpoint = open_checkpoint(ckpt_path, tokenizer=self._params.tokenizer)
+            checkpoint = open_base_checkpoint(ckpt_path, self._params)
             return {"checkpoint": checkpoint, "training_state": None}
         if is_main():  # one rank reads it whole; the others end when it does
             verify_step(folder)

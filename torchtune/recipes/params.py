@@ -77,6 +77,12 @@ class FinetuneParams:
     tokenizer: str | None = Field(
         default=None, description="Folder or tokenizer.json to use in place of the checkpoint's."
     )
+    new_tokens: list[str] = Field(
+        default_factory=list, description="Texts that become one token each, their rows the mean of all others'."
+    )
+    pad_vocab_to_multiple_of: Count | None = Field(
+        default=None, description="Add rows to embedding and head until their number is a multiple of this."
+    )
     dataset: DatasetOptions = Field(description="The data: a path, or a mapping with path and how to read it.")
     eval_dataset: DatasetOptions | None = Field(default=None, description="Held-out data, like dataset.")
     eval_fraction: float = Field(
