@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchtune.errors import UnsupportedError, did_you_mean
+from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def build_rotary(
         interleaved: pairs are neighbouring dims.
     Raises:
         UnsupportedError: another `rope_type`.
+        CheckpointError: a key that the type needs is absent.
     """
     kind = rope.get("rope_type", "default")
     if kind not in KINDS:
@@ -115,7 +116,10 @@ def build_rotary(
     size = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     # On the CPU even while a model is built on the meta device: these are numbers, not weights.
     with torch.device("cpu"):
-        rotary = KINDS[kind](rope, size, max_position_embeddings)
+        try:
+            rotary = KINDS[kind](rope, size, max_position_embeddings)
+        except KeyError as missing:
+            raise CheckpointError(f"config.json: a rotary embedding of type '{kind}' needs {missing}") from missing
     rotary.interleaved = interleaved
     return rotary
 
@@ -149,7 +153,7 @@ def _dynamic(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEm
 def _llama3(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEmbedding:
     """Low frequencies divided by a factor, high ones kept, those between blended. Source: Llama 3.1's release."""
     inv_freq = _inv_freq(rope["rope_theta"], size)
-    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    factor, original = rope["factor"], rope.get("original_max_position_embeddings") or max_positions
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / inv_freq
     smooth = (original / wavelength - low) / (high - low)
