@@ -9,17 +9,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from torchtune.checkpoint.folder import SafetensorsFolder
+from torchtune.checkpoint.folder import open_weights
 from torchtune.checkpoint.gguf import GGUFFile
 from torchtune.checkpoint.gguf_config import hf_config, hf_generation_config, hf_tokenizer
 from torchtune.checkpoint.gguf_layout import GGUFWeights
-from torchtune.checkpoint.headers import TensorHeader, read_json
+from torchtune.checkpoint.headers import TensorHeader, WeightSource, read_json
 from torchtune.checkpoint.hub import resolve
+from torchtune.checkpoint.layouts import in_hugging_face_layout
+from torchtune.checkpoint.meta_layout import config_from_params
+from torchtune.checkpoint.mxfp4 import MXFP4Weights
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import fit_layouts, stored_pieces, stored_tensors
@@ -37,18 +40,6 @@ logger = logging.getLogger(__name__)
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")
 OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attention\.(bias|masked_bias)$", r"attn\.(bias|masked_bias)$")
 TEMPLATE_FOLDER = "additional_chat_templates"
-
-
-class WeightSource(Protocol):
-    """Where tensors are read from, one at a time."""
-
-    headers: dict[str, TensorHeader]
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU."""
-
-    def close(self) -> None:
-        """Let go of the files."""
 
 
 @dataclass
@@ -159,10 +150,16 @@ class Checkpoint:
             for name in expected
             if name not in self.tensors
         ]
-        problems += [f"tensor '{name}' belongs to no part of this model" for name in sorted(left_over)]
+        problems += [
+            f"tensor '{name}' belongs to no part of this model ({self.tensors[name].file.name})"
+            for name in sorted(left_over)
+        ]
         for name, shape in expected.items():
             if name in self.tensors and self.tensors[name].shape != shape:
-                problems.append(f"tensor '{name}' has the shape {self.tensors[name].shape}, the config says {shape}")
+                found = self.tensors[name]
+                problems.append(
+                    f"tensor '{name}' has the shape {found.shape}, the config says {shape} ({found.file.name})"
+                )
         if problems:
             shown = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
             raise CheckpointError(f"does not fit its config.json:\n  {shown}", path=self.path)
@@ -229,7 +226,10 @@ class NoWeights:
 
 
 def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None, weights: bool = True) -> Checkpoint:
-    """Open a Hugging Face-layout folder, a GGUF file or a hub id; headers alone are read.
+    """Open a folder, a file of weights or a hub id; headers alone are read.
+
+    A folder is Hugging Face's, Meta's (`params.json` and `consolidated.*.pth`) or the first library's. A file is
+    GGUF, or one of such a folder that has several.
 
     Args:
         tokenizer: a folder, or a tokenizer.json, whose tokenizer replaces the checkpoint's.
@@ -238,7 +238,8 @@ def open_checkpoint(source: str | Path, *, tokenizer: str | Path | None = None, 
         CheckpointError, UnsupportedError: says which file is wrong and what to do.
     """
     path = resolve(str(source), weights=weights)
-    checkpoint = _open_gguf(str(source), path) if path.is_file() else _open_folder(str(source), path, weights)
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    checkpoint = _open_gguf(str(source), path) if is_gguf else _open_folder(str(source), path, weights)
     if weights:
         _check_config(checkpoint)
     if tokenizer is not None:
@@ -278,23 +279,24 @@ def _with_tokenizer_json(files: dict[str, bytes], config: Mapping[str, Any], pat
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
-    if path.suffix != ".gguf":
-        raise CheckpointError("is neither a folder nor a .gguf file", path=path)
     file = GGUFFile(path)
     config = hf_config(file)
     return Checkpoint(source, path, config, hf_generation_config(file), hf_tokenizer(file), GGUFWeights(file, config))
 
 
 def _open_folder(source: str, path: Path, with_weights: bool) -> Checkpoint:
-    if not (path / "config.json").exists():
-        if (path / "adapter_config.json").exists():
-            raise UnsupportedError(f"{path} is an adapter; name the checkpoint that it belongs to")
-        raise CheckpointError("has no config.json, so it is no Hugging Face-layout checkpoint", path=path)
-    config = read_json(path / "config.json")
-    generation = path / "generation_config.json"
+    folder, named = (path, None) if path.is_dir() else (path.parent, path)
+    config_json, params_json = folder / "config.json", folder / "params.json"
+    if not config_json.exists() and (folder / "adapter_config.json").exists():
+        raise UnsupportedError(f"{folder} is an adapter; name the checkpoint that it belongs to")
+    if not config_json.exists() and not params_json.exists():
+        raise CheckpointError("has no config.json, nor a params.json of Meta's, so it is no checkpoint", path=folder)
+    stored: WeightSource = open_weights(folder, named) if with_weights else NoWeights()
+    config = read_json(config_json) if config_json.exists() else config_from_params(params_json, stored)
+    generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else None
-    weights: WeightSource = SafetensorsFolder(path) if with_weights else NoWeights()
-    return Checkpoint(source, path, config, generation_config, _text_files(path), weights)
+    weights = in_hugging_face_layout(stored, config)
+    return Checkpoint(source, folder, config, generation_config, _text_files(folder), weights)
 
 
 def _text_files(folder: Path) -> dict[str, bytes]:
@@ -307,10 +309,13 @@ def _text_files(folder: Path) -> dict[str, bytes]:
 
 
 def _check_config(checkpoint: Checkpoint) -> None:
-    """Refuse what can't be read, and say where two spellings disagree."""
+    """Unpack what can be, refuse what can't be read, and say where two spellings disagree."""
     config = checkpoint.config
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
+    if quantization and method == "mxfp4":
+        checkpoint.weights = MXFP4Weights(checkpoint.weights)
+    elif quantization:
         raise UnsupportedError(
             f"{checkpoint.path}: its weights are quantised by '{method}', which can't be trained on here; "
             "use the checkpoint that it was made from"

@@ -1,0 +1,94 @@
+"""Files of `torch.save` (.bin, .pt, .pth) as weights, with nothing in them run.
+
+They are pickles, which can hold code; `weights_only` builds tensors and plain data alone and refuses the rest.
+Those of today are zip archives and are mapped; those from before 2020 are not, and are read whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtune.checkpoint.headers import TensorHeader, refuse_lfs_pointer
+from torchtune.errors import CheckpointError
+
+SUFFIXES = (".bin", ".pt", ".pth")
+ZIP = b"PK\x03\x04"
+# A file may hold more than the weights, and then has them under one of these.
+WRAPPERS = ("model", "state_dict")
+
+
+class PickleFile:
+    """A file of `torch.save`, whose tensors are read by name.
+
+    Raises:
+        CheckpointError: as `read_pickle_header`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._is_mapped = _is_zip(path)
+        self._tensors: dict[str, Tensor] = {}
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One tensor on the CPU."""
+        if name not in self._tensors:
+            self._tensors = _tensors(_load(self._path, map_location="cpu"), self._path)
+        # What can't be mapped is given away: a second copy of the weights is never held while they are gone through.
+        return self._tensors[name] if self._is_mapped else self._tensors.pop(name)
+
+
+def read_pickle_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of a file of `torch.save`.
+
+    Raises:
+        CheckpointError: the file is cut or empty, has code in it, or holds something else than tensors by name.
+    """
+    found = _tensors(_load(path, map_location="meta"), path)
+    return {name: TensorHeader(tuple(tensor.shape), tensor.dtype, path) for name, tensor in found.items()}
+
+
+def _load(path: Path, *, map_location: str) -> Any:
+    refuse_lfs_pointer(path)
+    try:
+        return torch.load(path, weights_only=True, mmap=_is_zip(path), map_location=map_location)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"holds '{code[1]}', which can run code" if code else "holds something else than tensors and plain data"
+        raise CheckpointError(
+            f"{held} when it is read, so it was not read. Ask for a safetensors file. Where you trust it, and in a "
+            f"place that has nothing to lose: python -c \"import torch; f = '{path}'; "
+            "w = torch.load(f, map_location='cpu', weights_only=False); "
+            'torch.save({k: v for k, v in w.items() if torch.is_tensor(v)}, f)"',
+            path=path,
+        ) from error
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path.stat().st_size} bytes are no complete file of torch.save ({first_line}); download it again",
+            path=path,
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(ZIP)) == ZIP
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"holds no tensors by name but a {type(content).__name__}", path=path)
+    for name, value in content.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            held = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"'{name}' is no plain tensor but {held}, so this is no file of weights", path=path)
+    return {str(name): tensor.detach() for name, tensor in content.items()}
