@@ -5,6 +5,7 @@ Where transformers reads an architecture too, its reading of the same file is co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.models.oracle import assert_close, save_random, stored_tensors
 from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.checkpoint.save import save_model
+from torchtune.errors import CheckpointError, UnsupportedError
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -246,6 +248,29 @@ CASES = {
         },
         both=True,
     ),
+    "gemma3, linear": Case(
+        "gemma3",
+        transformers.Gemma3TextConfig,
+        {
+            **LLAMA,
+            "num_hidden_layers": 7,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            },
+        },
+        {
+            "attention__key_length": 12,
+            "attention__value_length": 12,
+            "attention__sliding_window": 8,
+            "rope__freq_base": 1e6,
+            "rope__scaling__type": "linear",
+            "rope__scaling__factor": 8.0,
+        },
+    ),
     "starcoder2": Case("starcoder2", transformers.Starcoder2Config, {**LLAMA, "norm_epsilon": 1e-5}),
     "stablelm": Case(
         "stablelm",
@@ -304,6 +329,31 @@ CASES = {
         {**LLAMA, "num_hidden_layers": 5, "sliding_window": 8},
         {"attention__sliding_window": 8, "rope__freq_base": 5e5},
     ),
+    "olmo3, yarn": Case(
+        "olmo2",
+        transformers.Olmo3Config,
+        {
+            **LLAMA,
+            "num_hidden_layers": 5,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 24,
+                },
+            },
+        },
+        {
+            "attention__sliding_window": 8,
+            "rope__freq_base": 5e5,
+            "rope__scaling__type": "yarn",
+            "rope__scaling__factor": 4.0,
+            "rope__scaling__original_context_length": 24,
+        },
+    ),
     "olmoe": Case(
         "olmoe",
         transformers.OlmoeConfig,
@@ -330,7 +380,7 @@ CASES = {
         {**LLAMA, "partial_rotary_factor": 0.5},
         {"rope__dimension_count": 4},
     ),
-    "phi3": Case("phi3", transformers.Phi3Config, LLAMA, {"rope__dimension_count": 8}, both=True),
+    "phi3": Case("phi3", transformers.Phi3Config, LLAMA, {"rope__dimension_count": 8}),
     "gpt2": Case(
         "gpt2",
         transformers.GPT2Config,
@@ -342,6 +392,19 @@ CASES = {
         transformers.GPTNeoXConfig,
         {**SIZES, **NO_TOKENS, "num_attention_heads": 4, "max_position_embeddings": 96, "rotary_pct": 0.5},
         {"rope__dimension_count": 4, "use_parallel_residual": True},
+    ),
+    "gptneox, in series": Case(
+        "gptneox",
+        transformers.GPTNeoXConfig,
+        {
+            **SIZES,
+            **NO_TOKENS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 96,
+            "rotary_pct": 1.0,
+            "use_parallel_residual": False,
+        },
+        {"rope__dimension_count": 8, "use_parallel_residual": False},
     ),
     "glm4": Case(
         "glm4",
@@ -391,6 +454,43 @@ CASES = {
         transformers.DeepseekV2Config,
         {**DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy", "norm_topk_prob": False},
         {**DEEPSEEK_KEYS, "attention__key_length": 14, "attention__value_length": 10},
+    ),
+    "deepseek2, V2, groups": Case(
+        "deepseek2",
+        transformers.DeepseekV2Config,
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 20,
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 4.0,
+            "norm_topk_prob": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+        {
+            **DEEPSEEK_KEYS,
+            "attention__q_lora_rank": 20,
+            "attention__head_count_kv": 1,
+            "attention__key_length": 16 + 6,
+            "attention__value_length": 16,
+            "attention__key_length_mla": 14,
+            "attention__value_length_mla": 10,
+            "expert_weights_scale": 4.0,
+            "expert_group_count": 2,
+            "expert_group_used_count": 1,
+            "rope__scaling__type": "yarn",
+            "rope__scaling__factor": 4.0,
+            "rope__scaling__original_context_length": 24,
+            "rope__scaling__yarn_log_multiplier": 0.0707,
+        },
     ),
     "deepseek2, V3": Case(
         "deepseek2",
@@ -456,6 +556,41 @@ CASES = {
             "attention__value_length": 8,
         },
     ),
+    "llama4, scaled as Scout": Case(
+        "llama4",
+        transformers.Llama4TextConfig,
+        {
+            **LLAMA,
+            "num_hidden_layers": 5,
+            "head_dim": 8,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "use_qk_norm": True,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        {
+            "feed_forward_length": 48,
+            "expert_feed_forward_length": 24,
+            "expert_count": 4,
+            "expert_used_count": 1,
+            "interleave_moe_layer_step": 2,
+            "rope__dimension_count": 8,
+            "attention__key_length": 8,
+            "attention__value_length": 8,
+        },
+        tensors=divisors_of_frequencies,
+    ),
     "gpt-oss": Case(
         "gpt-oss",
         transformers.GptOssConfig,
@@ -474,6 +609,39 @@ CASES = {
             "attention__key_length": 12,
             "attention__value_length": 12,
             "attention__sliding_window": 8,
+        },
+    ),
+    "gpt-oss, yarn": Case(
+        "gpt-oss",
+        transformers.GptOssConfig,
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+        {
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 48,
+            "attention__key_length": 12,
+            "attention__value_length": 12,
+            "attention__sliding_window": 8,
+            "rope__scaling__type": "yarn",
+            "rope__scaling__factor": 4.0,
+            "rope__scaling__original_context_length": 24,
+            "rope__scaling__yarn_beta_fast": 32.0,
+            "rope__scaling__yarn_beta_slow": 1.0,
         },
     ),
 }
@@ -520,3 +688,19 @@ def test_a_file_is_the_model_that_it_was_made_from(tmp_path, name):
     for key in NOT_IN_FILES:
         different.pop(key, None)
     assert not different
+
+
+def test_experts_beyond_those_of_the_metadata_are_refused(tmp_path):
+    """Rather than left out."""
+    case = CASES["mixtral"]
+    _, path = make(tmp_path, dataclasses.replace(case, metadata={**case.metadata, "expert_count": 3}))
+    with pytest.raises(CheckpointError, match=r"_exps.weight' has 4 parts where its metadata says 3"):
+        open_checkpoint(path)
+
+
+def test_deepseek_without_its_groups_is_refused(tmp_path):
+    """Files of a time when the key was not written would choose other experts."""
+    case = CASES["deepseek2, V2"]
+    _, path = make(tmp_path, dataclasses.replace(case, metadata={**case.metadata, "expert_count": 160}))
+    with pytest.raises(UnsupportedError, match=r"did not write expert_group_count"):
+        open_checkpoint(path)

@@ -17,6 +17,7 @@ from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 
 Config = dict[str, Any]
 SOFTMAX, SIGMOID = 1, 2  # of `expert_gating_func`
+GROUPED_EXPERTS = (160, 256)  # how many DeepSeek V2 and V3 have
 
 
 @dataclass(frozen=True)
@@ -210,10 +211,10 @@ def _gemma3(file: GGUFFile) -> Config:
 
 def _phi3(file: GGUFFile) -> Config:
     config = _common(file, "phi3", "Phi3ForCausalLM")
-    original = file.get("rope.scaling.original_context_length", config["max_position_embeddings"])
+    original = file.get("rope.scaling.original_context_length")
     return {
         **config,
-        "original_max_position_embeddings": int(original),
+        **({"original_max_position_embeddings": original} if original else {}),
         "partial_rotary_factor": _partial_rotary(file, config),
         "sliding_window": file.get("attention.sliding_window") or None,
     }
@@ -421,6 +422,11 @@ def _deepseek(file: GGUFFile) -> Config:
     rope_dim = number(file, "rope.dimension_count")
     num_heads = number(file, "attention.head_count")
     num_groups = file.get("expert_group_count")
+    if num_groups is None and number(file, "expert_count") in GROUPED_EXPERTS:
+        raise UnsupportedError(
+            f"{file.path}: its experts are chosen by groups, but it is of a time when converters did not write "
+            "expert_group_count; convert the original checkpoint anew, or open that"
+        )
     config: Config = {
         "architectures": [model_class],
         "model_type": model_type,
@@ -449,8 +455,8 @@ def _deepseek(file: GGUFFile) -> Config:
         "num_experts_per_tok": number(file, "expert_used_count"),
         "routed_scaling_factor": decimal(file.get("expert_weights_scale") or 1.0),
         "norm_topk_prob": bool(file.get("expert_weights_norm", False)),
-        "n_group": int(num_groups or 1),
-        "topk_group": int(file.get("expert_group_used_count") or 1),
+        "n_group": num_groups if num_groups or not is_v3 else 1,
+        "topk_group": file.get("expert_group_used_count") if num_groups or not is_v3 else 1,
         "scoring_func": "sigmoid" if is_v3 else "softmax",
         "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy" if num_groups else "greedy",
     }

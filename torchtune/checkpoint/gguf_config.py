@@ -66,7 +66,7 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | No
     if ROPE_FREQS in file.tensors:
         return _llama3_scaling(file, config)
     if ROPE_LONG in file.tensors:
-        return _long_scaling(file, config)
+        return _long_scaling(file)
     kind = file.get("rope.scaling.type")
     if kind in (None, "none"):
         # Where Hugging Face's default is a scaling, none has to be said.
@@ -92,7 +92,9 @@ def _yarn_options(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         if file.architecture not in LOG_MULTIPLIERS:
             raise UnsupportedError(f"{file.path}: rope.scaling.yarn_log_multiplier is not supported for this model")
         # `mscale` is not in the file; it is the same number in all their checkpoints.
-        options["mscale"] = options["mscale_all_dim"] = decimal(LOG_MULTIPLIERS[file.architecture] * multiplier)
+        options["mscale"] = options["mscale_all_dim"] = decimal(
+            LOG_MULTIPLIERS[file.architecture] * decimal(multiplier)
+        )
     if temperature := file.get("attention.temperature_scale"):
         options["llama_4_scaling_beta"] = decimal(temperature)
     if config["model_type"] == "gpt_oss":
@@ -100,7 +102,7 @@ def _yarn_options(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _long_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+def _long_scaling(file: GGUFFile) -> dict[str, Any]:
     """Phi 3's: a factor for each frequency, for short and for long texts.
 
     The attention factor follows from the context lengths, for Hugging Face and in the file alike.
@@ -109,25 +111,25 @@ def _long_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         "rope_type": "longrope",
         "short_factor": [decimal(value) for value in file.read(ROPE_SHORT)],
         "long_factor": [decimal(value) for value in file.read(ROPE_LONG)],
-        "original_max_position_embeddings": config["original_max_position_embeddings"],
+        "original_max_position_embeddings": file.need("rope.scaling.original_context_length"),
     }
 
 
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3.1 and later keep what each frequency is divided by; the options behind it are found again."""
     factors = file.read(ROPE_FREQS)
-    factor, low, high, original = float(factors.max()), 1.0, 4.0, 8192
-    head_dim = config["head_dim"]
+    head_dim, original, factor = config["head_dim"], 8192, float(factors.max())
     inv_freq = config["rope_theta"] ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelength = 2 * np.pi / inv_freq
-    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if expected.shape != factors.shape or not np.allclose(expected, factors, rtol=1e-4):
-        raise UnsupportedError(f"{file.path}: its rope_freqs are not Llama 3.1's; open the original checkpoint instead")
-    return {
-        "rope_type": "llama3",
-        "factor": decimal(factor),
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    turns = original * inv_freq / (2 * np.pi)  # within the original context
+    for low, high in ((1.0, 4.0), (1.0, 1.0)):  # Llama 3.1 to 3.3, Llama 4
+        smooth = np.clip((turns - low) / (high - low), 0, 1) if high > low else (turns >= low).astype(np.float64)
+        expected = 1 / ((1 - smooth) / factor + smooth)
+        if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": decimal(factor),
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise UnsupportedError(f"{file.path}: its rope_freqs are not Llama 3.1's; open the original checkpoint instead")

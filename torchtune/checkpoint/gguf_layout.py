@@ -46,18 +46,24 @@ class Part:
     index: int | None = None
 
 
+def unchanged(tensor: Tensor) -> Tensor:
+    """What most tensors need."""
+    return tensor
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a checkpoint's tensor is made from, and how: also called with meta tensors, for the shape."""
 
     parts: tuple[Part, ...]
-    make: Callable[..., Tensor] = lambda tensor: tensor
+    make: Callable[..., Tensor] = unchanged
 
 
 class GGUFWeights:
     """The tensors of a GGUF file as those of a Hugging Face checkpoint.
 
     Attributes:
+        config: the model's config.json.
         headers: by Hugging Face name. They are float32 when all of the file is, else bfloat16.
 
     Args:
@@ -74,19 +80,17 @@ class GGUFWeights:
         library = file.library
         architecture = {name: arch for arch, name in library.MODEL_ARCH_NAMES.items()}[file.architecture]
         self._names = library.get_tensor_name_map(architecture, int(config_layers(config)))
-        self._config = config
+        self.config = config
         shapes = {name: tuple(tensor.shape) for name, tensor in as_stored(model, stored_tensors(model))}
-        origins = {name: self._origin(name) for name in shapes}
-        found = {name: origin for name, origin in origins.items() if self._is_there(origin)}
-        self._origins = {name: self._in_shape(origin, shapes[name]) for name, origin in found.items()}
-        used = {part.name for origin in self._origins.values() for part in origin.parts}
-        if unknown := sorted(set(file.tensors) - used - ROPE_TENSORS):
-            raise UnsupportedError(
-                f"{file.path}: {len(unknown)} tensors have no place in a model of architecture '{file.architecture}': "
-                f"{', '.join(unknown[:5])}"
-            )
-        self._saved_as = torch.float32 if file.is_float32 else torch.bfloat16
-        self.headers = {name: self._header(origin) for name, origin in self._origins.items()}
+        self._origins: dict[str, Origin] = {}
+        self.headers: dict[str, TensorHeader] = {}
+        saved_as = torch.float32 if file.is_float32 else torch.bfloat16
+        for name, shape in shapes.items():
+            origin = self._origin(name)
+            if all(self.has(part.name) for part in origin.parts):
+                self._origins[name], found = self._in_shape(origin, shape)
+                self.headers[name] = TensorHeader(found, saved_as, file.tensors[origin.parts[0].name].file)
+        self._check_all_used()
 
     def read(self, name: str) -> Tensor:
         """One tensor as float32 on the CPU."""
@@ -117,35 +121,46 @@ class GGUFWeights:
         """Whether the file has a tensor."""
         return name in self._file.tensors
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The model's config.json."""
-        return self._config
-
-    def _is_there(self, origin: Origin) -> bool:
-        return all(self.has(part.name) for part in origin.parts)
-
     def _shape(self, origin: Origin) -> tuple[int, ...]:
-        shapes = [(self._file.tensors[part.name].shape, part.index) for part in origin.parts]
-        for part, (shape, index) in zip(origin.parts, shapes, strict=True):
-            if index is not None and index >= shape[0]:
-                raise CheckpointError(f"tensor '{part.name}' has {shape[0]} parts", path=self._file.path)
-        metas = [torch.empty(shape if index is None else shape[1:], device="meta") for shape, index in shapes]
+        shapes = [self._part_shape(part) for part in origin.parts]
+        if origin.make is unchanged:
+            return shapes[0]
         try:
-            return tuple(origin.make(*metas).shape)
+            return tuple(origin.make(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
         except RuntimeError as error:
-            named = ", ".join(f"'{part.name}' {shape}" for part, (shape, _) in zip(origin.parts, shapes, strict=True))
+            named = ", ".join(f"'{part.name}' {shape}" for part, shape in zip(origin.parts, shapes, strict=True))
             raise CheckpointError(f"{named} does not fit its metadata: {error}", path=self._file.path) from error
 
-    def _in_shape(self, origin: Origin, shape: tuple[int, ...]) -> Origin:
-        """The file has no dimensions of size one."""
+    def _part_shape(self, part: Part) -> tuple[int, ...]:
+        shape = self._file.tensors[part.name].shape
+        if part.index is not None and part.index >= shape[0]:
+            raise CheckpointError(f"tensor '{part.name}' has {shape[0]} parts", path=self._file.path)
+        return shape if part.index is None else shape[1:]
+
+    def _in_shape(self, origin: Origin, shape: tuple[int, ...]) -> tuple[Origin, tuple[int, ...]]:
+        """With the dimensions of size one that the file leaves out; the shape that comes of it."""
         made = self._shape(origin)
         if made != shape and [size for size in made if size > 1] == [size for size in shape if size > 1]:
-            return Origin(origin.parts, lambda *parts: origin.make(*parts).reshape(shape))
-        return origin
+            return Origin(origin.parts, lambda *parts: origin.make(*parts).reshape(shape)), shape
+        return origin, made
 
-    def _header(self, origin: Origin) -> TensorHeader:
-        return TensorHeader(self._shape(origin), self._saved_as, self._file.tensors[origin.parts[0].name].file)
+    def _check_all_used(self) -> None:
+        file = self._file
+        indices: dict[str, set[int | None]] = {}
+        for origin in self._origins.values():
+            for part in origin.parts:
+                indices.setdefault(part.name, set()).add(part.index)
+        for name, used in indices.items():
+            if None not in used and len(used) != file.tensors[name].shape[0]:
+                raise CheckpointError(
+                    f"tensor '{name}' has {file.tensors[name].shape[0]} parts where its metadata says {len(used)}",
+                    path=file.path,
+                )
+        if unknown := sorted(set(file.tensors) - set(indices) - ROPE_TENSORS):
+            raise UnsupportedError(
+                f"{file.path}: {len(unknown)} tensors have no place in a model of architecture '{file.architecture}': "
+                f"{', '.join(unknown[:5])}"
+            )
 
 
 Rule = Callable[[GGUFWeights, "re.Match[str]"], Origin]
