@@ -85,15 +85,15 @@ def _text_model(values: Mapping[str, Any], **options: Any) -> CausalLM:
 
     def layer(index: int) -> DecoderLayer:
         has_norm = config.use_qk_norm and rotated[index]
-        norms = {name: PlainRMSNorm(config.rms_norm_eps) for name in ("q_norm", "k_norm")} if has_norm else {}
         tuned = config.attn_temperature_tuning and not rotated[index]
         attention = attention_from(
             config,
             bias=bool(config.attention_bias),
             chunk=chunks[index],
+            q_norm=PlainRMSNorm(config.rms_norm_eps) if has_norm else None,
+            k_norm=PlainRMSNorm(config.rms_norm_eps) if has_norm else None,
             norm_at="rotated",
             query_scale=_temperature(config) if tuned else None,
-            **norms,
         )
         return DecoderLayer(attention, mlp(index), **norms_from(config, "input_layernorm", "post_attention_layernorm"))
 

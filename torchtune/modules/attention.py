@@ -31,6 +31,7 @@ class Attention(Block):
         q_norm, k_norm: norms of queries and keys.
         norm_at: where they are taken: of each head [T, Q, H], before ("head") or after ("rotated") the rotation,
             or of all heads as one [T, Q H] ("flat").
+        clip: queries, keys and values are held within it, after a flat norm and before the rotation (OLMoE).
         query_scale: positions [T] to what the queries at them are multiplied by, in float32.
         has_sinks: a learnt score a head, that takes part in the softmax and has no value.
     """
@@ -50,6 +51,7 @@ class Attention(Block):
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
         norm_at: Literal["head", "flat", "rotated"] = "head",
+        clip: float | None = None,
         query_scale: Callable[[Tensor], Tensor] | None = None,
         has_sinks: bool = False,
     ) -> None:
@@ -69,6 +71,7 @@ class Attention(Block):
         if q_norm is not None and k_norm is not None:
             self.q_norm, self.k_norm = q_norm, k_norm
         self.norm_at = norm_at if q_norm is not None else None
+        self.clip = clip
         self.query_scale = query_scale
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if has_sinks else None
 
@@ -81,6 +84,8 @@ class Attention(Block):
     ) -> Tensor:
         """hidden_states [T, D] -> [T, D]; without `rotary` positions are left to the mask."""
         q, k, v = self._project(hidden_states)
+        if self.clip is not None:
+            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         if self.norm_at == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

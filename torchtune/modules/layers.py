@@ -17,6 +17,7 @@ class DecoderLayer(Block):
     """Attention and feed-forward, each on normed input and added to the stream (Llama).
 
     Args:
+        shared_mlp: a feed-forward beside `mlp`, on the same input (Granite's mixtures).
         residual_scale: what each is multiplied by before it is added (Granite).
     """
 
@@ -27,11 +28,13 @@ class DecoderLayer(Block):
         *,
         input_layernorm: nn.Module,
         post_attention_layernorm: nn.Module,
+        shared_mlp: nn.Module | None = None,
         residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.self_attn = attention
         self.mlp = mlp
+        self.shared_mlp = shared_mlp
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm
         self.residual_scale = residual_scale
@@ -45,7 +48,9 @@ class DecoderLayer(Block):
     ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(hidden_states), rotary, documents, cache)
         hidden_states = hidden_states + self._scaled(attended)
-        return hidden_states + self._scaled(self.mlp(self.post_attention_layernorm(hidden_states)))
+        normed = self.post_attention_layernorm(hidden_states)
+        mixed = self.mlp(normed) if self.shared_mlp is None else self.mlp(normed) + self.shared_mlp(normed)
+        return hidden_states + self._scaled(mixed)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale

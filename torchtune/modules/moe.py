@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchtune.modules.activations import ACTIVATIONS
 from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.naming import Block
-from torchtune.modules.stored import Layout, Piece, Stored
+from torchtune.modules.stored import Piece, Stored
 
 Choose = Callable[..., tuple[Tensor, Tensor]]
 
@@ -161,8 +161,8 @@ class Experts(Stored):
                 nn.init.normal_(parameter, std=0.02)
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.gated, self.transposed, self.weigh_inputs = gated, transposed, weigh_inputs
-        apart: tuple[Layout, ...] = (partial(self._one_by_one, tuple(separate)),) if separate else ()
-        self.layouts = (*apart, self._stacked)
+        # Without `separate` nothing is stored otherwise than here.
+        self.layouts = (partial(self._one_by_one, tuple(separate)), self._stacked) if separate else (dict,)
         self.layout = self.layouts[0]
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
