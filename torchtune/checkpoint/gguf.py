@@ -24,8 +24,6 @@ STRING, ARRAY = 8, 9
 F32 = 0
 MAX_DIMS = 4
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-# Dequantising takes several arrays of the size of its result; a large tensor goes through it in pieces.
-CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -102,17 +100,12 @@ class GGUFFile:
         """
         tensor = self.tensors[name]
         shape = tensor.shape if index is None else tensor.shape[1:]
-        row_elements, row_bytes = tensor.shape[-1], self._num_bytes(tensor.kind, tensor.shape[-1:])
-        num_rows = math.prod(shape[:-1])
+        row_bytes, num_rows = self._num_bytes(tensor.kind, tensor.shape[-1:]), math.prod(shape[:-1])
         start = tensor.start + (0 if index is None else index * num_rows * row_bytes)
         raw = np.frombuffer(self._data[tensor.file], np.uint8, num_rows * row_bytes, start).reshape(num_rows, row_bytes)
-        kind = self.library.GGMLQuantizationType(tensor.kind)
-        values = np.empty((num_rows, row_elements), np.float32)
-        step = max(1, CHUNK_ELEMENTS // row_elements)
-        for first in range(0, num_rows, step):
-            rows = np.ascontiguousarray(raw[first : first + step])
-            values[first : first + step] = self.library.quants.dequantize(rows, kind)
-        return values.reshape(shape)
+        # The library goes a few rows at a time, so that nothing but the result is large.
+        values = self.library.quants.dequantize(raw, self.library.GGMLQuantizationType(tensor.kind)).reshape(shape)
+        return values if values.flags.writeable else values.copy()
 
     def _parse(self, path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
