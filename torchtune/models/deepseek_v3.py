@@ -56,15 +56,7 @@ def build(values: Mapping[str, Any]) -> CausalLM:
     def mlp(index: int) -> nn.Module:
         if index < config.first_k_dense_replace:
             return feed_forward_from(config)
-        choose = partial(
-            choose_by_biased_groups,
-            top_k=config.num_experts_per_tok,
-            num_groups=config.n_group,
-            top_groups=config.topk_group,
-            normalised=bool(config.norm_topk_prob),
-            scale=config.routed_scaling_factor,
-        )
-        return with_shared_experts(config, router_from(config, choose, has_correction=True))
+        return with_shared_experts(config, balanced_router(config))
 
     def layer(index: int) -> DecoderLayer:
         return DecoderLayer(
@@ -98,6 +90,19 @@ def attention_scale(config: HFConfig) -> float:
     if rope["rope_type"] == "default" or not mscale or rope["factor"] <= 1:
         return scale
     return scale * float(0.1 * mscale * math.log(rope["factor"]) + 1.0) ** 2
+
+
+def balanced_router(config: HFConfig) -> Router:
+    """A router by groups, with the bias that keeps the load of experts even."""
+    choose = partial(
+        choose_by_biased_groups,
+        top_k=config.num_experts_per_tok,
+        num_groups=config.n_group,
+        top_groups=config.topk_group,
+        normalised=bool(config.norm_topk_prob),
+        scale=config.routed_scaling_factor,
+    )
+    return router_from(config, choose, has_correction=True)
 
 
 def with_shared_experts(config: HFConfig, router: Router) -> MoE:
