@@ -73,6 +73,17 @@ def test_a_copy_of_a_tied_head_is_written_again(tmp_path, folder):
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
 
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(folder):
+    """Reading it as tied would throw away a head that somebody trained."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' differ"):
+        checkpoint.load_into(built(checkpoint))
+
+
 def test_case_c054_a_missing_shard(sharded):
     """The index, the file and how many tensors it holds."""
     shard = sorted(sharded.glob("model-*.safetensors"))[1]

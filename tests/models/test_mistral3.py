@@ -5,7 +5,7 @@ from transformers import Mistral3Config
 
 from tests.models.oracle import HEADS, SIZES, all_under_model, check_family, check_other_spelling, check_rewritten
 from torchtune.errors import UnsupportedError
-from torchtune.models import build
+from torchtune.models.build import build_model
 
 BASE = SIZES | HEADS | {"head_dim": 8, "pad_token_id": None}
 VISION = {
@@ -18,11 +18,6 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch):
-    monkeypatch.setitem(build.FILES, "mistral3", "mistral3")
 
 
 def seeing(model_type: str, *, tied: bool, **text) -> Mistral3Config:
@@ -59,4 +54,4 @@ def test_everything_under_model(tmp_path):
 def test_a_text_part_of_another_kind_is_refused():
     """With the kinds that there are."""
     with pytest.raises(UnsupportedError, match="model_type 'llama' is not supported; supported: mistral,"):
-        build.build_model({"model_type": "mistral3", "text_config": {"model_type": "llama"}})
+        build_model({"model_type": "mistral3", "text_config": {"model_type": "llama"}})

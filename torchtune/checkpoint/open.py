@@ -177,6 +177,7 @@ class Checkpoint:
             CheckpointError: as `check`.
         """
         self.check(model)
+        self._check_tied_head(model)
         pieces = stored_pieces(model)
         for name, tensor in stored_tensors(model).items():
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -198,6 +199,19 @@ class Checkpoint:
         tied = set() if stored_head else {name for name in self.tensors if name.endswith(TIED_HEADS)}
         patterns = (*OLD_BUFFERS, *model.carried)
         return tied | {name for name in self.tensors if any(re.search(pattern, name) for pattern in patterns)}
+
+    def _check_tied_head(self, model: CausalLM) -> None:
+        """A head beside a tied embedding must be its copy: it is read as one, and saved as one."""
+        if not model.is_tied:
+            return
+        embedding = stored_pieces(model)[model.vocabulary_parameters[0]][0].name
+        for head in sorted(self.carried(model)):
+            if head.endswith(TIED_HEADS) and not torch.equal(self.weights.read(head), self.weights.read(embedding)):
+                raise CheckpointError(
+                    f"its config ties the head to the embedding, but '{head}' and '{embedding}' differ; where the "
+                    "head is meant, set tie_word_embeddings to false in config.json, else remove it",
+                    path=self.path,
+                )
 
     def _check_vocabulary(self, tokenizer: Tokenizer, num_rows: int) -> None:
         beyond = {token: i for token, i in tokenizer.added_tokens.items() if i >= num_rows and i != tokenizer.pad_id}

@@ -54,8 +54,11 @@ class HFConfig:
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
-        """The rotary options in the newer spelling, with `rope_type` and `rope_theta`."""
-        return self._complete(self.get("rope_parameters") or self.get("rope_scaling") or {}, self._rope_theta)
+        """The rotary options in the newer spelling, with `rope_type` and `rope_theta`.
+
+        Where both spellings stand, the older one wins, as in transformers.
+        """
+        return self._complete(self.get("rope_scaling") or self.get("rope_parameters") or {}, self._rope_theta)
 
     def rope_parameters_of(self, layer_type: str, *, rope_theta: float | None = None) -> dict[str, Any]:
         """The rotary options of a kind of layer, where each kind has its own; else those of all.
@@ -78,9 +81,10 @@ class HFConfig:
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
         if rope.get("rope_theta") is None:
             rope["rope_theta"] = rope_theta
-        for name in ("partial_rotary_factor", "original_max_position_embeddings"):
-            if self.get(name) is not None:
-                rope.setdefault(name, self.get(name))
+        if self.get("partial_rotary_factor") is not None:
+            rope.setdefault("partial_rotary_factor", self.partial_rotary_factor)
+        if self.get("original_max_position_embeddings") is not None:  # Phi-3 has it beside the options, and means it
+            rope["original_max_position_embeddings"] = self.original_max_position_embeddings
         return rope
 
     def leave_off_dropout(self, *names: str) -> None:

@@ -25,7 +25,7 @@ DEFAULTS = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
     "rope_theta": 150_000.0,
-    "rope_scaling": {
+    "rope_parameters": {
         "rope_type": "yarn",
         "factor": 32.0,
         "beta_fast": 32.0,
