@@ -3,7 +3,7 @@
 import pytest
 from transformers import GraniteMoeConfig, GraniteMoeSharedConfig
 
-from tests.models.oracle import HEADS, SIZES, check_family, check_rewritten, check_router_loss
+from tests.models.oracle import HEADS, SIZES, check_family, check_other_spelling, check_rewritten, check_router_loss
 from torchtune.checkpoint.load import load_model
 
 MULTIPLIERS = {
@@ -59,3 +59,10 @@ def test_trains_with_the_load_balancing_loss(tmp_path):
     """As transformers does where the config asks for it."""
     balanced = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     check_router_loss(tmp_path, GraniteMoeConfig(**SIZES | HEADS | EXPERTS | balanced))
+
+
+def test_equals_transformers_where_the_config_is_of_the_release(tmp_path):
+    """The base of rotary at the top level, no scaling."""
+    config = GraniteMoeSharedConfig(**SIZES | HEADS | EXPERTS | MULTIPLIERS | {"shared_intermediate_size": 20})
+    changes = {"rope_theta": 500.0, "rope_scaling": None}
+    check_other_spelling(tmp_path, config, changes, without=["rope_parameters"])

@@ -3,7 +3,7 @@
 import pytest
 from transformers import OlmoeConfig
 
-from tests.models.oracle import HEADS, SIZES, check_family, check_router_loss
+from tests.models.oracle import HEADS, SIZES, check_family, check_other_spelling, check_router_loss
 
 # transformers gives the embedding of a padding token no gradient.
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": None}
@@ -26,3 +26,9 @@ def test_trains_with_the_load_balancing_loss(tmp_path):
     """As transformers does where the config asks for it."""
     balanced = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     check_router_loss(tmp_path, OlmoeConfig(**SIZES | HEADS | EXPERTS | balanced))
+
+
+def test_equals_transformers_where_the_config_is_of_the_release(tmp_path):
+    """The base of rotary at the top level, no scaling."""
+    changes = {"rope_theta": 500.0, "rope_scaling": None}
+    check_other_spelling(tmp_path, OlmoeConfig(**SIZES | HEADS | EXPERTS), changes, without=["rope_parameters"])

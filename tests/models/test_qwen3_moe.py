@@ -1,26 +1,17 @@
 """Qwen3's mixture of experts against transformers."""
 
-import shutil
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
 
 from tests.models.oracle import (
     HEADS,
     SIZES,
-    assert_close,
     check_family,
+    check_other_spelling,
+    check_rewritten,
     check_router_loss,
-    save_random,
-    stored_tensors,
 )
-from torchtune.checkpoint.load import load_model
-from torchtune.checkpoint.open import open_checkpoint
-from torchtune.checkpoint.save import save_model
-
-IDS = torch.arange(20)[None]
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 
@@ -49,14 +40,24 @@ def test_trains_with_the_load_balancing_loss(tmp_path):
 
 
 def test_reads_experts_that_are_stacked_on_disk(tmp_path):
-    """Newer tools write the experts as one tensor: read, and written so again."""
-    model = save_random(tmp_path / "apart", Qwen3MoeConfig(**SIZES | HEADS | EXPERTS))
-    shutil.copytree(tmp_path / "apart", tmp_path / "stacked")
-    save_file(model.state_dict(), tmp_path / "stacked" / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.0.mlp.experts.gate_up_proj" in stored_tensors(tmp_path / "stacked")
-    ours = load_model(tmp_path / "stacked")
-    assert_close(ours(IDS), load_model(tmp_path / "apart")(IDS), 0, "logits")
-    save_model(tmp_path / "saved", ours, open_checkpoint(tmp_path / "stacked"))
-    before, after = stored_tensors(tmp_path / "stacked"), stored_tensors(tmp_path / "saved")
-    assert before.keys() == after.keys()
-    assert all(before[name].equal(after[name]) for name in before)
+    """Newer tools write the experts of a layer as one tensor: read, and written so again."""
+
+    def rewrite(tensors):
+        rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        for layer in range(3):
+            experts = f"model.layers.{layer}.mlp.experts."
+            gate, up, down = (
+                torch.stack([tensors[f"{experts}{e}.{name}_proj.weight"] for e in range(6)])
+                for name in ("gate", "up", "down")
+            )
+            rest |= {f"{experts}gate_up_proj": torch.cat((gate, up), dim=1), f"{experts}down_proj": down}
+        return rest
+
+    check_rewritten(tmp_path, Qwen3MoeConfig(**SIZES | HEADS | EXPERTS), rewrite)
+
+
+def test_equals_transformers_where_the_config_is_of_the_release(tmp_path):
+    """The base of rotary at the top level, a window that is not used, and both names for the number of experts."""
+    changes = {"rope_theta": 1e6, "sliding_window": 5, "max_window_layers": 1, "num_experts": 6}
+    without = ["rope_parameters", "num_local_experts", "attention_bias", "mlp_only_layers"]
+    check_other_spelling(tmp_path, Qwen3MoeConfig(**SIZES | HEADS | EXPERTS), changes, without=without)

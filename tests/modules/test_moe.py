@@ -5,12 +5,16 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from torchtune.modules.moe import (
     Experts,
     MoE,
     Router,
+    choose_by_biased_groups,
+    choose_by_groups,
     choose_then_softmax,
     gated_by,
     load_balancing_loss,
@@ -88,6 +92,38 @@ def test_routers_choose_the_largest():
     torch.testing.assert_close(plain, logits.softmax(-1).gather(1, chosen))
     # e^a / (e^a + e^b) is the same share whichever sum it was taken of first.
     torch.testing.assert_close(normalised, alone)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_biased_groups_equal_deepseek_v3(normalised):
+    """The choice with the correction, the weights without it, their gradient."""
+    sizes = {"hidden_size": D, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+    theirs = DeepseekV3TopkRouter(DeepseekV3Config(**sizes, norm_topk_prob=normalised, routed_scaling_factor=1.5))
+    choose = partial(choose_by_biased_groups, top_k=3, num_groups=4, top_groups=2, normalised=normalised, scale=1.5)
+    ours = Router(D, 8, choose, has_correction=True)
+    nn.init.normal_(theirs.weight)
+    nn.init.normal_(theirs.e_score_correction_bias)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(T, D)
+    _, expected, chosen = theirs(x)
+    weights, experts, _ = ours(x)
+    assert experts.sort().values.equal(chosen.sort().values)
+    by_expert = torch.zeros(T, 8).scatter(1, experts, weights)
+    torch.testing.assert_close(by_expert, torch.zeros(T, 8).scatter(1, chosen, expected))
+    grad = torch.randn(T, 8)
+    (found,) = torch.autograd.grad(by_expert, ours.weight, grad)
+    (wanted,) = torch.autograd.grad(torch.zeros(T, 8).scatter(1, chosen, expected), theirs.weight, grad)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_groups_are_chosen_by_their_best():
+    """By hand: the third largest expert is passed over with its group, for one of a better group."""
+    logits = torch.tensor([[4.0, 0.0, 3.0, -9.0, 3.5, 1.0]]).log_softmax(-1)  # groups of two
+    weights, experts = choose_by_groups(logits, top_k=2, num_groups=3, top_groups=2, scale=2.0)
+    assert experts.tolist() == [[0, 4]]
+    torch.testing.assert_close(weights, 2 * logits.exp()[:, [0, 4]])
+    weights, experts = choose_by_groups(logits, top_k=3, num_groups=3, top_groups=2, scale=1.0)
+    assert experts.tolist() == [[0, 4, 5]]
 
 
 def test_router_scores_in_float32():
