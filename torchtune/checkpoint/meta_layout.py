@@ -40,11 +40,11 @@ class ConsolidatedShards:
 
     def __init__(self, shards: Sequence[WeightSource]) -> None:
         self._shards = shards
-        self._check()
         # Llama 3 shares the embedding by rows, its predecessors by columns.
         norm, embedding = (shards[0].headers.get(name) for name in (NORM, EMBEDDING))
         by_rows = norm is not None and embedding is not None and embedding.shape[1:] == norm.shape
         self._dims = {**SHARED_DIM, "tok_embeddings": 0 if by_rows else 1}
+        self._check()
         self.headers = {name: self._header(name) for name in shards[0].headers}
 
     def read(self, name: str) -> Tensor:
@@ -64,7 +64,9 @@ class ConsolidatedShards:
 
     def _header(self, name: str) -> TensorHeader:
         first, dim = self._shards[0].headers[name], self._dim(name)
-        shape = [size * len(self._shards) if axis == dim else size for axis, size in enumerate(first.shape)]
+        shape = list(first.shape)
+        if dim is not None:
+            shape[dim] = sum(shard.headers[name].shape[dim] for shard in self._shards)
         return TensorHeader(tuple(shape), first.dtype, first.file)
 
     def _check(self) -> None:
@@ -75,12 +77,22 @@ class ConsolidatedShards:
                 lacking = file if name in first else next(iter(first.values())).file
                 raise CheckpointError(f"has no share of the tensor '{name}', which the other files have", path=lacking)
             for name, header in shard.headers.items():
-                if header.shape != first[name].shape or header.dtype != first[name].dtype:
+                if not self._fit(header, first[name], self._dim(name)):
                     raise CheckpointError(
                         f"its share of the tensor '{name}' is {header.shape} of {header.dtype}, in "
                         f"{first[name].file.name} it is {first[name].shape} of {first[name].dtype}",
                         path=file,
                     )
+
+    @staticmethod
+    def _fit(one: TensorHeader, two: TensorHeader, dim: int | None) -> bool:
+        """Whether two shares are alike but for their sizes along the shared dimension."""
+        shapes = [
+            [size for axis, size in enumerate(header.shape) if axis != dim] + [len(header.shape)]
+            for header in (one, two)
+        ]
+        has_dim = dim is None or dim < len(one.shape)
+        return has_dim and one.dtype == two.dtype and shapes[0] == shapes[1]
 
 
 def config_from_params(path: Path, weights: WeightSource) -> dict[str, Any]:
