@@ -5,13 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, Phi3Config
 from transformers.models.auto import AutoModelForCausalLM
 
+from tests.models.oracle import save_random
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
+from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.generation.generate import generate
 from torchtune.models.build import build_model
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [3.0, 4.0, 5.0, 6.0],
+}
+LENGTHS = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = Path(__file__).parent.parent / "cases" / "common_prompts.jsonl"
 
 
@@ -59,3 +70,32 @@ def test_case_c121_stops_at_every_id_of_the_generation_config(models):
     free = list(generate(model, ids, max_new_tokens=8))
     stop = free[3]
     assert list(generate(model, ids, max_new_tokens=8, stop_ids={stop})) == free[: free.index(stop)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Phi3Config(
+            **LENGTHS | HEADS, rope_parameters=LONGROPE, max_position_embeddings=64, original_max_position_embeddings=16
+        ),
+        LlamaConfig(
+            **LENGTHS | HEADS,
+            rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+            max_position_embeddings=16,
+        ),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_text_that_outgrows_its_frequencies(tmp_path, config):
+    """From 12 tokens over the 16 of the original context to 32, each as transformers' forward of the whole makes it."""
+    theirs = save_random(tmp_path, config)
+    model = load_model(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(3)).tolist()
+    found = list(generate(model, ids, max_new_tokens=20))
+    assert len(set(found)) > 4, "a text of one token would hide everything"
+    for index, token in enumerate(found):
+        assert theirs(torch.tensor([ids + found[:index]])).logits[0, -1].argmax() == token
+    cache = model.empty_cache()
+    model(torch.tensor(ids + found[:4]), cache=cache)
+    with pytest.raises(ValueError, match="the 16 tokens in the cache were turned by other frequencies"):
+        model(torch.tensor(found[4:5]), cache=cache)

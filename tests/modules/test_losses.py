@@ -58,3 +58,28 @@ def test_no_rows_leave_a_zero_with_gradients():
     loss.backward()
     assert loss == 0
     assert hidden.grad.shape == (0, 6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("num_rows", [0, 5, 30])
+def test_bias_in_float64(num_rows, softcap):
+    """A bias on the logits: the sum and all three gradients, before a cap where there is one."""
+    hidden, weight, targets = inputs(num_rows)
+    bias = torch.randn(11, dtype=torch.float64).requires_grad_()
+    loss = LinearCrossEntropy(chunk_size=7)(hidden, weight, targets, bias=bias, softcap=softcap)
+    given = torch.autograd.grad(loss / 3, (hidden, weight, bias), allow_unused=True, materialize_grads=True)
+    logits = hidden @ weight.T + bias
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(capped, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(given, torch.autograd.grad(expected / 3, (hidden, weight, bias)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_bias_alone_is_trained():
+    """Where the projection is frozen, its bias still has a gradient, in its own type."""
+    hidden, weight, targets = inputs(30, torch.bfloat16)
+    bias = torch.zeros(11).requires_grad_()
+    LinearCrossEntropy(chunk_size=7)(hidden.detach(), weight.detach(), targets, bias=bias).backward()
+    expected = (hidden @ weight.T).float().softmax(-1).sum(0) - torch.bincount(targets, minlength=11)
+    torch.testing.assert_close(bias.grad, expected, rtol=1e-2, atol=1e-2)

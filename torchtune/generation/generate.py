@@ -8,7 +8,6 @@ import torch
 
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.documents import Documents
-from torchtune.modules.kv_cache import KVCache
 
 
 @torch.no_grad()
@@ -16,6 +15,9 @@ def generate(
     model: CausalLM, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()
 ) -> Iterator[int]:
     """The most likely next tokens after a prompt, as they come; the stop token is not among them.
+
+    They are those of a forward over the whole text for each: where a text grows so long that other frequencies
+    turn it (longrope, dynamic), what is cached of it is thrown away and the whole is read again.
 
     Args:
         prompt_ids: the prompt's tokens, with whatever the template puts before an answer.
@@ -32,17 +34,19 @@ def generate(
     was_training = model.training
     model.eval()
     device = model.model.embed_tokens.weight.device
-    cache = KVCache.empty(len(model.model.layers), 1, max_positions=limit)
-    ids, start = torch.tensor(prompt_ids, device=device), 0
+    ids = list(prompt_ids)
+    cache, seen = model.empty_cache(), 0
     try:
         for _ in range(max_new_tokens):
-            documents = Documents.from_lengths([len(ids)], starts=[start], device=device)
-            logits = model(ids, documents, cache=cache)
-            start += len(ids)
+            if seen and not model.model.turns_alike(seen, len(ids)):
+                cache, seen = model.empty_cache(), 0
+            documents = Documents.from_lengths([len(ids) - seen], starts=[seen], device=device)
+            logits = model(torch.tensor(ids[seen:], device=device), documents, cache=cache)
+            seen = len(ids)
             token = int(logits[-1].argmax())
             if token in stop_ids:
                 return
             yield token
-            ids = torch.tensor([token], device=device)
+            ids.append(token)
     finally:
         model.train(was_training)

@@ -87,6 +87,12 @@ class HFConfig:
             rope["original_max_position_embeddings"] = self.original_max_position_embeddings
         return rope
 
+    def reach(self, positions: int) -> int:
+        """The positions that can be used of a model whose config says so many: more where rotary is stretched
+        as a text grows beyond them (dynamic); the other kinds' factor is in the number already."""
+        rope = self.rope_parameters
+        return int(positions * rope["factor"]) if rope["rope_type"] == "dynamic" and "factor" in rope else positions
+
     def leave_off_dropout(self, *names: str) -> None:
         """Say once which dropout of pre-training is not applied; fine-tuning here uses none."""
         for name in names:
@@ -140,8 +146,8 @@ def layer_windows(config: HFConfig) -> list[int | None]:
 
 def context_length(values: Mapping[str, Any]) -> int | None:
     """The positions that a config.json's model has, under whichever name; None where it does not say."""
-    for config in (values, values.get("text_config") or {}):
+    for config in (HFConfig(values), HFConfig(values.get("text_config") or {})):
         for name in ("max_position_embeddings", "n_positions"):
             if config.get(name):
-                return int(config[name])
+                return config.reach(int(config.get(name)))
     return None

@@ -108,7 +108,7 @@ def decoder_from(
             norm or RMSNorm(config.hidden_size, config.rms_norm_eps),
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
-            **{"max_positions": config.max_position_embeddings, **(decoder or {})},
+            **{"max_positions": config.reach(config.max_position_embeddings), **(decoder or {})},
         ),
         tie_word_embeddings=bool(config.tie_word_embeddings),
         **options,

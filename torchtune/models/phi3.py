@@ -43,9 +43,7 @@ def build(values: Mapping[str, Any]) -> CausalLM:
 
 
 def _rope(config: HFConfig) -> dict[str, Any]:
-    rope = dict(config.rope_parameters)
+    rope = config.rope_parameters
     if rope["rope_type"] in OLD_NAMES:
         rope["rope_type"] = "longrope"
-    # The config's own key counts, whatever stands among the rotary options.
-    rope["original_max_position_embeddings"] = config.original_max_position_embeddings
     return rope

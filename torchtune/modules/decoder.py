@@ -64,6 +64,7 @@ class Decoder(Block):
         cache: KVCache | None = None,
     ) -> Tensor:
         """input_ids [T] -> [T, D] in `dtype`, or in the embedding's own."""
+        self._check_lengths(documents, cache)
         hidden_states = self.embed_tokens(input_ids)
         if self.has_learned_positions:
             hidden_states = hidden_states + self.embed_positions(documents.positions)
@@ -72,8 +73,6 @@ class Decoder(Block):
         if self.embedding_scale != 1.0:
             # Rounded as the models were trained: sqrt(3072) is 55.5 in bfloat16.
             hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
-        if cache is not None:
-            cache.check(documents.lengths)
         angles = self._angles(documents, hidden_states.dtype, cache)
         for index, layer in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
@@ -81,6 +80,31 @@ class Decoder(Block):
         if cache is not None:
             cache.advance(documents.lengths)
         return self.norm(hidden_states)
+
+    def turns_alike(self, before: int, after: int) -> bool:
+        """Whether a document of `before` tokens keeps the angles that they have when it grows to `after`.
+
+        Where the frequencies change with the length (dynamic, longrope) it may not, and then a cache of its keys
+        is of no more use.
+        """
+        return all(rotary is None or rotary.turns_alike(before, after) for rotary in {*self.rotary})
+
+    def _check_lengths(self, documents: Documents, cache: KVCache | None) -> None:
+        """Refuse what there are no positions for, and a cache whose keys were turned by other frequencies."""
+        seen = [0] * len(documents.lengths) if cache is None else cache.lengths
+        if cache is not None:
+            cache.check(documents.lengths)
+        for index, (before, new) in enumerate(zip(seen, documents.lengths, strict=True)):
+            if self.has_learned_positions and before + new > self.embed_positions.num_embeddings:
+                raise ValueError(
+                    f"document {index} has {before + new} tokens, and the model has learnt "
+                    f"{self.embed_positions.num_embeddings} positions; it must be cut, by max_seq_len for instance"
+                )
+            if before and new and not self.turns_alike(before, before + new):
+                raise ValueError(
+                    f"document {index}: the {before} tokens in the cache were turned by other frequencies than those "
+                    f"of a document of {before + new}; give the whole document with a new cache"
+                )
 
     def _angles(self, documents: Documents, dtype: torch.dtype, cache: KVCache | None) -> list[RotaryAngles | None]:
         """Those of each layer; layers with the same frequencies share them."""
@@ -100,6 +124,7 @@ class CausalLM(Block):
     Args:
         logit_scale: what logits are multiplied by (Cohere, Granite).
         logit_softcap: logits are held within it by softcap * tanh(logits / softcap) (Gemma 2).
+        head_bias: whether the head, where it is not tied, has a bias (Phi-2).
         router_loss: weight of the load-balancing loss of the experts, and experts a token; None leaves it out.
         prefix_choices: beginnings of names in the model, and what they are in a checkpoint, for each way in which
             the family's checkpoints are written; without any they are the model's own.
@@ -118,6 +143,7 @@ class CausalLM(Block):
         tie_word_embeddings: bool,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        head_bias: bool = False,
         router_loss: tuple[float, int] | None = None,
         prefix_choices: Sequence[Mapping[str, str]] = (),
         carried: Sequence[str] = (),
@@ -127,7 +153,7 @@ class CausalLM(Block):
         self.compute_dtype: torch.dtype | None = None
         if not tie_word_embeddings:
             vocab_size, hidden_size = model.embed_tokens.weight.shape
-            self.lm_head = Linear(hidden_size, vocab_size, bias=False)
+            self.lm_head = Linear(hidden_size, vocab_size, bias=head_bias)
         # A tied head owns no parameter and reads the embedding's.
         self.is_tied = tie_word_embeddings
         self.logit_scale, self.logit_softcap = logit_scale, logit_softcap
@@ -145,9 +171,15 @@ class CausalLM(Block):
         return self.model.embed_tokens.weight if self.is_tied else self.lm_head.weight
 
     @property
+    def head_bias(self) -> Tensor | None:
+        """[V], what is added to the logits, or nothing."""
+        return None if self.is_tied else self.lm_head.bias
+
+    @property
     def vocabulary_parameters(self) -> list[str]:
-        """Names of the parameters that have a row a token: the embedding's weight, and the head's if it owns one."""
+        """Names of the parameters that have a row a token: the embedding's weight, and the head's if it owns any."""
         rows = [self.model.embed_tokens.weight] + ([] if self.is_tied else [self.lm_head.weight])
+        rows += [] if self.head_bias is None else [self.head_bias]
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return [names[id(parameter)] for parameter in rows]
 
@@ -175,7 +207,7 @@ class CausalLM(Block):
             trained: [N], the places in the flat labels that are not -100, where they are known already:
                 finding them makes the host wait for the device.
             loss: (hidden [N, D], head weight [V, D], targets [N]) -> scalar sum; by default cross-entropy. A
-                model whose logits are capped also passes `softcap`.
+                model whose logits are capped also passes `softcap`, one whose head has a bias `bias`.
             cache: keys and values of what came before.
         Returns:
             Logits [T, V] or [B, S, V]; with `labels` a float32 scalar.
@@ -186,15 +218,17 @@ class CausalLM(Block):
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale  # the same as scaled logits, and small
         if labels is None:
-            logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).view(*input_ids.shape, -1)
+            bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
+            logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias).view(*input_ids.shape, -1)
             return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
         labels = labels.reshape(-1)
         if trained is None:
             trained = (labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
         # With no trained token the loss is a zero that still leads to every parameter: a rank without
         # work takes part in the others' collectives.
-        cap = {} if self.logit_softcap is None else {"softcap": self.logit_softcap}
-        total = (loss or LinearCrossEntropy())(hidden[trained], self.head_weight, labels[trained], **cap)
+        options = {"softcap": self.logit_softcap, "bias": self.head_bias}
+        given = {name: option for name, option in options.items() if option is not None}
+        total = (loss or LinearCrossEntropy())(hidden[trained], self.head_weight, labels[trained], **given)
         return total if self.router_loss is None else total + self._router_loss() * len(trained)
 
     def _documents(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Documents:

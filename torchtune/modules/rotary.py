@@ -68,6 +68,10 @@ class RotaryEmbedding:
     def __post_init__(self) -> None:
         self._on_device: dict[torch.device, Tensor] = {}
 
+    def turns_alike(self, one: int, other: int) -> bool:
+        """Whether documents of these lengths have the same frequencies."""
+        return self.for_length is None or torch.equal(self.for_length(one), self.for_length(other))
+
     def angles(
         self, positions: Tensor, dtype: torch.dtype, *, lengths: Sequence[int], reached: Sequence[int] | None = None
     ) -> RotaryAngles:
