@@ -255,6 +255,18 @@ def test_an_unknown_architecture_is_named(tmp_path, arch):
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.clamp_kqv", 8.0), ("logit_scale", 0.5), ("rope.dimension_count", 8), ("expert_gating_func", 2)],
+)
+def test_keys_that_would_change_the_numbers_are_refused(tmp_path, key, value):
+    """Where the family has no such option; values that change nothing are fine."""
+    path = tiny_file(tmp_path / "tiny.gguf", **{key: value})
+    with pytest.raises(UnsupportedError, match=f"llama.{key}: {value} is not supported for llama"):
+        open_checkpoint(path)
+    assert open_checkpoint(tiny_file(tmp_path / "fine.gguf", logit_scale=1.0, rope__dimension_count=16))
+
+
 def test_frequencies_of_no_known_scaling_are_refused(tmp_path):
     """Rather than a model with other positions."""
     path = tiny_file(

@@ -49,6 +49,7 @@ class GGUFFile:
     Attributes:
         metadata: the key-value pairs; a set's first file has them.
         tensors: by name.
+        keys_read: what has been asked for of the architecture's keys.
         library: `gguf`, with its tables of kinds and names.
 
     Raises:
@@ -62,6 +63,7 @@ class GGUFFile:
         self.library = _gguf_library()
         self._data: dict[Path, mmap.mmap | bytes] = {}
         self.tensors: dict[str, GGUFTensor] = {}
+        self.keys_read: set[str] = set()
         pairs = [self._parse(part) for part in _parts_of(path)]
         self.metadata: Mapping[str, Any] = pairs[0]
         self._check_set(len(pairs))
@@ -79,6 +81,7 @@ class GGUFFile:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A key of the file's architecture."""
+        self.keys_read.add(key)
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def need(self, key: str) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
 
 from torchtune.checkpoint.gguf import GGUFFile
-from torchtune.checkpoint.gguf_architectures import decimal, find_architecture
+from torchtune.checkpoint.gguf_architectures import find_architecture
+from torchtune.checkpoint.gguf_keys import decimal
 from torchtune.errors import UnsupportedError
 from torchtune.tokenizers.gguf import gguf_tokenizer
 
@@ -16,6 +18,27 @@ NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
 ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # `mscale_all_dim` is the file's multiplier times this: converters write a tenth of DeepSeek's.
 LOG_MULTIPLIERS = {"deepseek2": 10, "mistral3": 1}
+# Keys that change what is computed, with the values that change nothing.
+NEUTRAL = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.temperature_scale": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_gating_func": (1,),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "nextn_predict_layers": (0,),
+    "residual_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "router_logit_softcapping": (0.0,),
+}
 SCALED_BY_DEFAULT = ("gpt_oss", "ministral3")
 
 
@@ -29,9 +52,21 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     config = find_architecture(file).config(file)
     if scaling := _rope_scaling(file, config):
         config["rope_scaling"] = scaling
+    _refuse_unread(file, config)
     config["torch_dtype"] = "float32" if file.is_float32 else "bfloat16"
     # Said where there is none, since Hugging Face's defaults are other models' tokens.
     return {**config, **dict.fromkeys(f"{name}_id" for name in NAMES.values()), **_special_tokens(file)}
+
+
+def _refuse_unread(file: GGUFFile, config: dict[str, Any]) -> None:
+    """Refuse what would change the numbers and is no option of the file's family here."""
+    neutral = {**NEUTRAL, "rope.dimension_count": (config.get("head_dim"),)}
+    for key in sorted(set(neutral) - file.keys_read):
+        value = file.get(key)
+        if value is not None and value not in neutral[key]:
+            raise UnsupportedError(
+                f"{file.path}: {file.architecture}.{key}: {value} is not supported for {config['model_type']}"
+            )
 
 
 def hf_generation_config(file: GGUFFile) -> dict[str, Any]:
@@ -105,13 +140,18 @@ def _yarn_options(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
 def _long_scaling(file: GGUFFile) -> dict[str, Any]:
     """Phi 3's: a factor for each frequency, for short and for long texts.
 
-    The attention factor follows from the context lengths, for Hugging Face and in the file alike.
+    The attention factor follows from the context lengths, for Hugging Face as in the files of its models.
     """
+    original = int(file.need("rope.scaling.original_context_length"))
+    scale = max(1.0, int(file.need("context_length")) / original)
+    implied = math.sqrt(1 + math.log(scale) / math.log(original))
+    if not math.isclose(file.get("rope.scaling.attn_factor", implied), implied, rel_tol=1e-3):
+        raise UnsupportedError(f"{file.path}: its rope.scaling.attn_factor is not the {implied:.4f} of Phi 3's scaling")
     return {
         "rope_type": "longrope",
         "short_factor": [decimal(value) for value in file.read(ROPE_SHORT)],
         "long_factor": [decimal(value) for value in file.read(ROPE_LONG)],
-        "original_max_position_embeddings": file.need("rope.scaling.original_context_length"),
+        "original_max_position_embeddings": original,
     }
 
 
