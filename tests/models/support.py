@@ -1,0 +1,129 @@
+"""The table of docs/models.md: each family by feature, as the checks find it.
+
+    python -m tests.models.support      writes the table anew
+
+A "yes" is a check that passed just now on a random model of the family; what has not been built for any family
+stands as "not yet".
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from tests.models.oracle import HEADS, SIZES, check_against_transformers, check_cached, check_packed, check_round_trip
+from torchtune.checkpoint.gguf_architectures import ARCHITECTURES
+from torchtune.models.build import FILES, find_family
+
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
+COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in")
+BEGIN, END = "<!-- made by tests/models/support.py -->\n", "<!-- end -->\n"
+
+_MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT = _MHA | {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+}
+_LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 40, "num_local_experts": 4, "attention_chunk_size": 7}
+_SEEING = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+# What a family's config needs besides, or has otherwise than SIZES and HEADS.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 6},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt2": _MHA | {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64},
+    "gpt_neox": {"num_attention_heads": 4, "hidden_dropout": 0.0},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
+    "llama4_text": _LLAMA4,
+    "ministral": {"head_dim": 8, "sliding_window": 6},
+    "ministral3": {"head_dim": 8},
+    "mistral": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 4},
+    "olmo3": {"sliding_window": 6},
+    "olmoe": _MHA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "phi": _MHA,
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 40},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": _EXPERTS | {"head_dim": 8},
+}
+# The text part of a model that sees: the kind of its text, and its vision tower.
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", _SEEING | {"image_size": 28, "patch_size": 14}),
+    "llama4": (
+        "llama4_text",
+        _SEEING
+        | {"image_size": 28, "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16}
+        | {"projector_output_dim": 16},
+    ),
+    "mistral3": ("mistral", _SEEING | {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14}),
+}
+
+
+def config_of(model_type: str) -> Any:
+    """A small config of the family."""
+    tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if model_type in PARTS:
+        text_type, vision = PARTS[model_type]
+        text = {"model_type": text_type, **SIZES, **HEADS, **tokens, **SPECIAL.get(text_type, {})}
+        return AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
+    return AutoConfig.for_model(model_type, **{**SIZES, **HEADS, **tokens, **SPECIAL.get(model_type, {})})
+
+
+def row(model_type: str, folder: Path) -> str:
+    """The family's row, each feature tried."""
+    config = config_of(model_type)
+    torch.manual_seed(3)
+    model = check_against_transformers(folder / "train", config)  # nothing else can be tried without this
+    readable = any(model_type in architecture.model_types for architecture in ARCHITECTURES.values())
+    found = [
+        "yes",
+        _tried(lambda: check_packed(model)),
+        _tried(lambda: check_cached(model)),
+        _tried(lambda: check_round_trip(folder / "saved", config)),
+        "as `llama`" if model_type == "mistral" else "yes" if readable else "no",
+    ]
+    return f"| `{model_type}` | {find_family(model_type).covers} | {' | '.join(found)} |\n"
+
+
+def _tried(check: Callable[[], None]) -> str:
+    try:
+        check()
+    except AssertionError as error:
+        print(error, file=sys.stderr)
+        return "no"
+    return "yes"
+
+
+def main() -> None:
+    """Write the table into the document."""
+    head = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = "".join(row(model_type, Path(folder) / model_type) for model_type in sorted(FILES))
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}{head}{rows}{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
