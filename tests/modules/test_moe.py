@@ -9,6 +9,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from torchtune.models.build import build_model
 from torchtune.modules.moe import (
     Experts,
     MoE,
@@ -21,6 +22,7 @@ from torchtune.modules.moe import (
     softmax_then_choose,
 )
 from torchtune.modules.stored import as_in_model, as_stored, fit_layouts, stored_tensors
+from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 
 E, D, F, T, K = 5, 6, 4, 11, 2
 
@@ -161,3 +163,31 @@ def test_experts_lie_apart_or_stacked_in_a_checkpoint():
     fit_layouts(model, apart)
     again = as_in_model(model, apart)
     assert all(again[name].equal(tensor) for name, tensor in tensors.items())
+
+
+def test_nothing_of_the_routers_is_kept_after_a_step():
+    """Not by a layer that is computed again in the backward pass, nor by a forward without labels."""
+    config = {
+        "model_type": "mixtral",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 4,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 5.0,
+    }
+    model = build_model(config)
+    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+    ids = torch.arange(10)[None]
+    model(ids)
+    assert all(moe.router_logits is None for moe in mixtures)
+    plain = model(ids, labels=ids)
+    plain.backward()
+    expected = mixtures[0].gate.weight.grad.clone()
+    model.zero_grad()
+    apply_activation_checkpointing(model.model.layers)
+    model(ids, labels=ids).backward()
+    torch.testing.assert_close(mixtures[0].gate.weight.grad, expected)
+    assert all(moe.router_logits is None for moe in mixtures)

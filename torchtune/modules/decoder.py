@@ -162,8 +162,6 @@ class CausalLM(Block):
         self.stored_prefixes: Mapping[str, str] = self.prefix_choices[0] if prefix_choices else {}
         self.register_state_dict_post_hook(_rename_to_stored)
         self.register_load_state_dict_pre_hook(_rename_from_stored)
-        for moe in self._mixtures():
-            moe.keep_router_logits = router_loss is not None
 
     @property
     def head_weight(self) -> Tensor:
@@ -214,7 +212,10 @@ class CausalLM(Block):
         """
         if documents is None:
             documents = self._documents(input_ids, positions, cache)
+        self._keep_router_logits(labels is not None and self.router_loss is not None)
         hidden = self.model(input_ids.reshape(-1), documents, dtype=self.compute_dtype, cache=cache)
+        # Off again: a layer that the backward pass computes once more must keep nothing of it.
+        self._keep_router_logits(False)
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale  # the same as scaled logits, and small
         if labels is None:
@@ -246,6 +247,10 @@ class CausalLM(Block):
         for moe in self._mixtures():
             moe.router_logits = None
         return weight * load_balancing_loss(kept, top_k=top_k)
+
+    def _keep_router_logits(self, keep: bool) -> None:
+        for moe in self._mixtures():
+            moe.keep_router_logits = keep
 
     def _mixtures(self) -> Iterator[MoE]:
         return (module for module in self.modules() if isinstance(module, MoE))
