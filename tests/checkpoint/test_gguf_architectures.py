@@ -58,6 +58,33 @@ def divisors_of_frequencies(model: Any) -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
 
 
+def a_further_layer(model: Any) -> dict[str, np.ndarray]:
+    """What GLM-4.5 predicts the token after the next with; sizes as for `LLAMA`, values of no account."""
+    width, experts, inner = 32, 4, 24
+    sizes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (width,),
+        "post_attention_norm": (width,),
+        "attn_q": (32, width),
+        "attn_k": (16, width),
+        "attn_v": (16, width),
+        "attn_output": (width, 32),
+        "attn_q_norm": (8,),
+        "attn_k_norm": (8,),
+        "ffn_gate_inp": (experts, width),
+        "ffn_gate_exps": (experts, inner, width),
+        "ffn_up_exps": (experts, inner, width),
+        "ffn_down_exps": (experts, width, inner),
+        "ffn_gate_shexp": (inner, width),
+        "ffn_up_shexp": (inner, width),
+        "ffn_down_shexp": (width, inner),
+        "nextn.eh_proj": (width, 2 * width),
+        "nextn.enorm": (width,),
+        "nextn.hnorm": (width,),
+    }
+    layer = {f"blk.3.{name}.weight": np.ones(size, np.float32) for name, size in sizes.items()}
+    return layer | {"blk.3.exp_probs_b.bias": np.zeros(experts, np.float32)}
+
+
 LONG, SHORT = [1.5, 2.0, 3.0, 6.0], [1.0, 1.25, 1.5, 2.0]
 
 
@@ -412,6 +439,39 @@ CASES = {
         {**LLAMA, "head_dim": 12, "rms_norm_eps": 1e-5},
         {"rope__dimension_count": 6, "attention__key_length": 12, "attention__value_length": 12},
     ),
+    "glm4moe": Case(
+        "glm4moe",
+        transformers.Glm4MoeConfig,
+        {
+            **LLAMA,
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 2.0,
+            "use_qk_norm": True,
+            "rms_norm_eps": 1e-5,
+        },
+        {
+            "block_count": 4,
+            "nextn_predict_layers": 1,
+            "rope__dimension_count": 4,
+            "attention__key_length": 8,
+            "attention__value_length": 8,
+            "leading_dense_block_count": 1,
+            "expert_feed_forward_length": 24,
+            "expert_count": 4,
+            "expert_used_count": 2,
+            "expert_shared_count": 1,
+            "expert_weights_scale": 2.0,
+            "expert_weights_norm": True,
+            "expert_gating_func": 2,
+        },
+        tensors=a_further_layer,
+    ),
     "chatglm": Case(
         "chatglm",
         transformers.GlmConfig,
@@ -703,4 +763,15 @@ def test_deepseek_without_its_groups_is_refused(tmp_path):
     case = CASES["deepseek2, V2"]
     _, path = make(tmp_path, dataclasses.replace(case, metadata={**case.metadata, "expert_count": 160}))
     with pytest.raises(UnsupportedError, match=r"did not write expert_group_count"):
+        open_checkpoint(path)
+
+
+def test_layers_for_further_tokens_are_said_to_be_left_out(tmp_path, caplog):
+    """And are unknown tensors where the file does not say that it has such."""
+    case = CASES["glm4moe"]
+    _, path = make(tmp_path, case)
+    open_checkpoint(path)
+    assert "the 19 tensors that predict further tokens are left out" in caplog.text
+    _, path = make(tmp_path, dataclasses.replace(case, metadata={**case.metadata, "nextn_predict_layers": 0}))
+    with pytest.raises(UnsupportedError, match=r"tensors have no place in a model"):
         open_checkpoint(path)

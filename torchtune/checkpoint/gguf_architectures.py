@@ -24,6 +24,7 @@ from torchtune.checkpoint.gguf_keys import (
 )
 from torchtune.checkpoint.gguf_mixtures import (
     deepseek,
+    glm4_moe,
     gpt_oss,
     granite_moe,
     llama4,
@@ -260,6 +261,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "command-r": Architecture(("cohere",), _cohere),
     "cohere2": Architecture(("cohere2",), _cohere2),
     "glm4": Architecture(("glm4",), _glm4),
+    "glm4moe": Architecture(("glm4_moe",), glm4_moe),
     "chatglm": Architecture(("glm",), _chatglm),
     "smollm3": Architecture(("smollm3",), _smollm3),
     "deepseek2": Architecture(("deepseek_v2", "deepseek_v3"), deepseek),

@@ -13,6 +13,7 @@ stored otherwise there than in Hugging Face's files is a rule here, by architect
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from torchtune.checkpoint.headers import TensorHeader
 from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.models.build import build_model
 from torchtune.modules.stored import as_stored, stored_tensors
+
+logger = logging.getLogger(__name__)
 
 # They are in the config: what each rotary frequency is divided by.
 ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -156,11 +159,21 @@ class GGUFWeights:
                     f"tensor '{name}' has {file.tensors[name].shape[0]} parts where its metadata says {len(used)}",
                     path=file.path,
                 )
-        if unknown := sorted(set(file.tensors) - set(indices) - ROPE_TENSORS):
+        further = self._further_layers()
+        if further:
+            logger.warning("%s: the %d tensors that predict further tokens are left out", file.path, len(further))
+        if unknown := sorted(set(file.tensors) - set(indices) - ROPE_TENSORS - further):
             raise UnsupportedError(
                 f"{file.path}: {len(unknown)} tensors have no place in a model of architecture '{file.architecture}': "
                 f"{', '.join(unknown[:5])}"
             )
+
+    def _further_layers(self) -> set[str]:
+        """Tensors of layers behind the model's, where the file says that there are such."""
+        if not self._file.get("nextn_predict_layers"):
+            return set()
+        blocks = {name: re.match(r"blk\.(\d+)\.", name) for name in self._file.tensors}
+        return {name for name, block in blocks.items() if block and int(block[1]) >= config_layers(self.config)}
 
 
 Rule = Callable[[GGUFWeights, "re.Match[str]"], Origin]

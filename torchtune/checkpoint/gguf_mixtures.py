@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchtune.checkpoint.gguf import GGUFFile
-from torchtune.checkpoint.gguf_keys import Config, common, decimal, has, number, shape, windows
+from torchtune.checkpoint.gguf_keys import Config, common, decimal, has, number, partial_rotary, shape, windows
 from torchtune.errors import UnsupportedError
 
 SOFTMAX, SIGMOID = 1, 2  # of `expert_gating_func`
@@ -90,6 +90,27 @@ def olmoe(file: GGUFFile) -> Config:
         "intermediate_size": shape(file, "ffn_down_exps.weight")[-1],
         "attention_bias": has(file, "attn_q.bias"),
         "clip_qkv": None,
+    }
+
+
+def glm4_moe(file: GGUFFile) -> Config:
+    """GLM-4.5 and 4.6, without the layers that predict further tokens: the last of the file's."""
+    config = common(file, "glm4_moe", "Glm4MoeForCausalLM")
+    if file.get("expert_gating_func", SIGMOID) != SIGMOID:
+        raise UnsupportedError(f"{file.path}: glm4moe.expert_gating_func is not the sigmoid of GLM-4.5")
+    return {
+        **config,
+        **_experts(file, "n_routed_experts", normalised=True),
+        "num_hidden_layers": config["num_hidden_layers"] - int(file.get("nextn_predict_layers", 0)),
+        "partial_rotary_factor": partial_rotary(file, config),
+        "attention_bias": has(file, "attn_q.bias"),
+        "use_qk_norm": has(file, "attn_q_norm.weight"),
+        "first_k_dense_replace": int(file.get("leading_dense_block_count", 0)),
+        "moe_intermediate_size": shape(file, "ffn_down_exps.weight")[-1],
+        "n_shared_experts": number(file, "expert_shared_count"),
+        "routed_scaling_factor": decimal(file.get("expert_weights_scale") or 1.0),
+        "n_group": int(file.get("expert_group_count") or 1),
+        "topk_group": int(file.get("expert_group_used_count") or 1),
     }
 
 
