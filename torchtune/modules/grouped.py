@@ -13,8 +13,8 @@ from torch import Tensor
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
     """Row by row, x @ weight[e].T, where the first counts[0] rows belong to matrix 0, the next counts[1] to 1, ...
 
-    Weights are cast to x's type on the way and not kept in it. No row is padded and none is dropped. On CUDA and
-    in bfloat16 it is one kernel and the host doesn't wait for the counts.
+    Weights are cast to x's type on the way and not kept in it. No row is padded and none is dropped. In bfloat16
+    on CUDA it is one kernel; elsewhere the host reads the counts.
 
     Letters: T rows, E matrices.
 
@@ -52,7 +52,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _products(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """x [T, in], matrices [E, in, out] -> [T, out]."""
-    if _is_one_kernel(x):
+    if _is_one_kernel(x, *matrices.shape[1:]):
         return F.grouped_mm(x.contiguous(), matrices.to(x.dtype), offs=_ends(counts))
     out = x.new_empty(x.shape[0], matrices.shape[2])
     for expert, rows in _groups(counts.tolist()):
@@ -62,7 +62,7 @@ def _products(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 
 def _sums_of_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """left [T, a], right [T, b] -> [E, a, b], the sum of each group's outer products; zero where it is empty."""
-    if _is_one_kernel(left):
+    if _is_one_kernel(left, left.shape[1], right.shape[1]):
         return F.grouped_mm(left.contiguous().T, right.contiguous(), offs=_ends(counts))
     sums = left.new_empty(len(counts), left.shape[1], right.shape[1])
     start = 0
@@ -74,8 +74,10 @@ def _sums_of_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     return sums
 
 
-def _is_one_kernel(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype == torch.bfloat16
+def _is_one_kernel(x: Tensor, *sizes: int) -> bool:
+    """Whether torch's kernel takes it: bfloat16 on CUDA, and rows that begin at multiples of 16 bytes."""
+    takes_type = x.device.type == "cuda" and x.dtype == torch.bfloat16
+    return takes_type and len(x) > 0 and all(size % 8 == 0 for size in sizes)
 
 
 def _ends(counts: Tensor) -> Tensor:
