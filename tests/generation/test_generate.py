@@ -14,6 +14,7 @@ from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.generation.generate import generate
 from torchtune.models.build import build_model
+from torchtune.models.config import context_length
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -93,6 +94,7 @@ def test_text_that_outgrows_its_frequencies(tmp_path, config):
     ids = torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(3)).tolist()
     found = list(generate(model, ids, max_new_tokens=20))
     assert len(set(found)) > 4, "a text of one token would hide everything"
+    assert context_length(config.to_dict()) == model.model.max_positions == 64
     for index, token in enumerate(found):
         assert theirs(torch.tensor([ids + found[:index]])).logits[0, -1].argmax() == token
     cache = model.empty_cache()

@@ -88,10 +88,14 @@ class HFConfig:
         return rope
 
     def reach(self, positions: int) -> int:
-        """The positions that can be used of a model whose config says so many: more where rotary is stretched
-        as a text grows beyond them (dynamic); the other kinds' factor is in the number already."""
+        """The positions of a model whose config says so many.
+
+        More where the frequencies stretch with a text beyond them (dynamic); what other kinds stretch is in the
+        number already.
+        """
         rope = self.rope_parameters
-        return int(positions * rope["factor"]) if rope["rope_type"] == "dynamic" and "factor" in rope else positions
+        factor = rope.get("factor") if rope["rope_type"] == "dynamic" else None
+        return int(positions * (factor or 1))
 
     def leave_off_dropout(self, *names: str) -> None:
         """Say once which dropout of pre-training is not applied; fine-tuning here uses none."""
