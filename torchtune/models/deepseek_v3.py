@@ -21,7 +21,7 @@ from torchtune.modules.layers import DecoderLayer
 from torchtune.modules.mla import LatentAttention
 from torchtune.modules.moe import MoE, Router, choose_by_biased_groups
 
-COVERS = "DeepSeek V3, R1 (bf16); Moonlight"
+COVERS = "DeepSeek V3, R1; Moonlight"
 DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
