@@ -12,7 +12,6 @@ from torchtune.checkpoint.open import open_tokenizer_files
 from torchtune.data.files.find import check_paths
 from torchtune.errors import ConfigError, Problem, TuneError
 from torchtune.models.build import build_model
-from torchtune.models.config import context_length
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
@@ -82,7 +81,7 @@ def _check_checkpoint(params: FinetuneParams) -> None:
     with torch.device("meta"):
         model = build_model(checkpoint.config)
     checkpoint.check(model, checkpoint.tokenizer())
-    context = context_length(checkpoint.config)
+    context = model.model.max_positions
     if params.max_seq_len and context and params.max_seq_len > context:
         raise ConfigError(
             f"{params.max_seq_len} is more than this checkpoint's {context}; set max_seq_len={context}",
