@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.hub_server import HubHandler, run_against, served
 from tests.tiny_checkpoint import save_tiny_checkpoint
@@ -59,6 +61,17 @@ def test_a_hub_id_is_opened(endpoint, tmp_path):
     names = {path.name for path in Path(done.stdout.strip()).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert "pytorch_model.bin" not in names
+
+
+def test_an_old_repository_has_its_pickles_downloaded(tmp_path):
+    """Where there are no safetensors, the weights are in .bin files, and those open."""
+    folder = save_tiny_checkpoint(tmp_path / "tiny")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with served(Hub, folder) as url:
+        done = run(OPEN, "org/tiny", endpoint=url, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "pytorch_model.bin").exists()
 
 
 def test_tune_download(endpoint, tmp_path):

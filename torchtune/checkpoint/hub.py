@@ -11,6 +11,7 @@ from torchtune.errors import CheckpointError, nearest
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # What a checkpoint is made of; other forms of the same weights are left where they are.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "LICENSE*"]
+PICKLES = ["*.bin"]
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors", "runs/*"]
 
 
@@ -58,15 +59,22 @@ def download(
     allowed = WANTED if ignore_patterns is None else None
     ignored = UNWANTED if ignore_patterns is None else list(ignore_patterns)
     ignored = ignored if weights else [*ignored, "*.safetensors"]
-    try:
+
+    def fetch(patterns: list[str] | None) -> Path:
         found = snapshot_download(
             repo_id,
             revision=revision,
             local_dir=local_dir,
             token=token,
-            allow_patterns=allowed,
+            allow_patterns=patterns,
             ignore_patterns=ignored,
         )
+        return Path(str(found))
+
+    try:
+        folder = fetch(allowed)
+        if allowed is not None and weights and not any(folder.glob("*.safetensors")):
+            fetch(PICKLES)  # an old repository: its weights lie in nothing else
     except GatedRepoError as error:
         remedy = "ask for access on its page and log in with `hf auth login`, or pass a token"
         raise CheckpointError(f"is gated: {remedy}", path=repo_id) from error
@@ -78,7 +86,7 @@ def download(
         raise CheckpointError(f"is not in the cache and the hub can't be reached: {remedy}", path=repo_id) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"can't be downloaded: {error}", path=repo_id) from error
-    return Path(str(found))
+    return folder
 
 
 def _near(path: Path) -> str:
