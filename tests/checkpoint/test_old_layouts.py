@@ -17,7 +17,7 @@ from tests.models.oracle import HEADS, SIZES, assert_close, random_model, save_r
 from tests.tiny_checkpoint import tiny_tokenizer
 from tests.trained_vocabularies import sentencepiece_model
 from torchtune.checkpoint.load import load_model
-from torchtune.checkpoint.meta_layout import config_from_params
+from torchtune.checkpoint.meta_params import config_from_params
 from torchtune.checkpoint.open import NoWeights, open_checkpoint
 from torchtune.checkpoint.save import save_model
 from torchtune.errors import CheckpointError, UnsupportedError

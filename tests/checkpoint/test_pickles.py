@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from tests.models.oracle import HEADS, SIZES, assert_close, random_model
 from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
+from torchtune.checkpoint.pickles import PickleFile
 from torchtune.checkpoint.save import save_model
 from torchtune.errors import CheckpointError, UnsupportedError
 
@@ -72,6 +74,31 @@ def test_the_type_of_each_tensor_is_kept(tmp_path, folder, theirs):
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert saved.keys() == tensors.keys()
     assert all(saved[name].dtype == tensors[name].dtype and saved[name].equal(tensors[name]) for name in saved)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_is_read_is_the_callers(tmp_path, is_zip):
+    """Views, transposes, scalars and tensors that share memory come in memory of their own, the file unchanged."""
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"base": base, "same": base, "view": base[1:], "transposed": base.T, "one": base[0, 1], "none": base[:0]}
+    torch.save(tensors, tmp_path / "x.bin", _use_new_zipfile_serialization=is_zip)
+    file = PickleFile(tmp_path / "x.bin")
+    for name in tensors:
+        found = file.read(name)
+        assert found.is_contiguous()
+        assert found.equal(tensors[name])
+        found.zero_()
+    assert all(file.read(name).equal(tensor) for name, tensor in tensors.items())
+
+
+def test_another_machines_byte_order(folder, theirs):
+    """torch crashes where it looks at such a file's header, so the file is refused."""
+    write_bins(folder, theirs.state_dict())
+    with ZipFile(folder / "pytorch_model.bin") as old, ZipFile(folder / "big.bin", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"big" if name.endswith("/byteorder") else old.read(name))
+    with pytest.raises(CheckpointError, match=r"big.bin: is of another byte order"):
+        open_checkpoint(folder / "big.bin")
 
 
 @pytest.mark.parametrize("wrapper", ["model", "state_dict"])

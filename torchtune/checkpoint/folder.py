@@ -11,14 +11,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
-from torchtune.checkpoint.headers import TensorHeader, WeightSource, read_json, read_safetensors_header
-from torchtune.checkpoint.meta_layout import ConsolidatedShards
+from torchtune.checkpoint.headers import (
+    TensorHeader,
+    WeightSource,
+    read_json,
+    read_safetensors_header,
+    read_safetensors_places,
+)
+from torchtune.checkpoint.meta_shards import ConsolidatedShards
 from torchtune.checkpoint.pickles import SUFFIXES, PickleFile, read_pickle_header
+from torchtune.checkpoint.tensor_file import TensorFile
 from torchtune.errors import CheckpointError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -63,18 +69,40 @@ class WeightFiles:
 
     def __init__(self, headers: dict[str, TensorHeader]) -> None:
         self.headers = headers
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, TensorFile | PickleFile] = {}
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU."""
-        file = self.headers[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt") if file.suffix == SAFETENSORS else PickleFile(file)
-        return self._open[file].get_tensor(name)
+        return self._file_of(name).read(name)
+
+    def read_into(self, tensor: Tensor, name: str) -> None:
+        """Fill a tensor of the same shape and type, straight from the file where it is contiguous."""
+        if tensor.is_contiguous():
+            self._file_of(name).read_into(tensor, name)
+        else:
+            tensor.copy_(self.read(name))
+
+    def are_equal(self, one: str, two: str) -> bool:
+        """Whether two tensors are the same; where their first rows differ, no more is read of a mapped file."""
+        if self.headers[one] != self.headers[two]:
+            return False
+        file = self._file_of(one)
+        a, b = (file.peek(name) if isinstance(file, PickleFile) else file.read(name) for name in (one, two))
+        return torch.equal(a[:1], b[:1]) and torch.equal(a, b)
 
     def close(self) -> None:
         """Let go of the files."""
+        for file in self._open.values():
+            file.close()
         self._open.clear()
+
+    def _file_of(self, name: str) -> TensorFile | PickleFile:
+        path = self.headers[name].file
+        if path not in self._open:
+            self._open[path] = (
+                TensorFile(path, read_safetensors_places(path)) if path.suffix == SAFETENSORS else PickleFile(path)
+            )
+        return self._open[path]
 
 
 def open_weights(folder: Path, named: Path | None = None) -> WeightSource:

@@ -61,7 +61,7 @@ class WeightSource(Protocol):
     headers: dict[str, TensorHeader]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU."""
+        """One tensor on the CPU, in memory that is the caller's: it may be kept, and changed in place."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -69,6 +69,15 @@ class WeightSource(Protocol):
 
 def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: as `read_safetensors_places`.
+    """
+    return {name: header for name, (header, _) in read_safetensors_places(path).items()}
+
+
+def read_safetensors_places(path: Path) -> dict[str, tuple[TensorHeader, int]]:
+    """The tensors of a safetensors file, and the byte at which each begins.
 
     Raises:
         CheckpointError: the file is cut, empty or no safetensors file (says its size and what it should be), or its
@@ -91,7 +100,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
     extents = {name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for name, entry in header.items()}
     _check_size(path, size, 8 + length, extents)
     _check_extents(path, found, extents)
-    return found
+    return {name: (tensor, 8 + length + extents[name][0]) for name, tensor in found.items()}
 
 
 def refuse_lfs_pointer(path: Path) -> None:

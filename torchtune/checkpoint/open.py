@@ -21,7 +21,7 @@ from torchtune.checkpoint.gguf_layout import GGUFWeights
 from torchtune.checkpoint.headers import TensorHeader, WeightSource, read_json
 from torchtune.checkpoint.hub import resolve
 from torchtune.checkpoint.layouts import in_hugging_face_layout
-from torchtune.checkpoint.meta_layout import config_from_params
+from torchtune.checkpoint.meta_params import config_from_params
 from torchtune.checkpoint.mxfp4 import MXFP4Weights
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
@@ -182,10 +182,13 @@ class Checkpoint:
         for name, tensor in stored_tensors(model).items():
             is_parameter = isinstance(tensor, nn.Parameter)
             dtype = param_dtype if is_parameter else torch.float32
-            # One copy of the weights in memory: each tensor is copied once, out of a mapped file.
-            loaded = torch.empty(tensor.shape, dtype=dtype, device=device)
-            for piece in pieces[name]:
-                loaded[piece.index].copy_(self.weights.read(piece.name))
+            # One copy of the weights in memory: a tensor that is stored whole is read into its place.
+            if [piece.index for piece in pieces[name]] == [()]:
+                loaded = self.weights.read(pieces[name][0].name).to(device=device, dtype=dtype)
+            else:
+                loaded = torch.empty(tensor.shape, dtype=dtype, device=device)
+                for piece in pieces[name]:
+                    loaded[piece.index].copy_(self.weights.read(piece.name))
             _assign(model, name, nn.Parameter(loaded, tensor.requires_grad) if is_parameter else loaded)
         self.weights.close()
 

@@ -1,25 +1,16 @@
-"""Meta's releases of Llama: `params.json` as a config.json, and `consolidated.*.pth` put together.
-
-Each file has a tensor-parallel rank's share of every matrix. Mistral's first releases have the same form.
-Names and rows are translated in layouts.py.
-"""
+"""Meta's `params.json` as a config.json; Mistral's first releases have the same form."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from torchtune.checkpoint.headers import TensorHeader, WeightSource, read_json
+from torchtune.checkpoint.folder import WeightFiles
+from torchtune.checkpoint.headers import WeightSource, read_json
 from torchtune.errors import CheckpointError, UnsupportedError
 
-# The dimension along which ranks share a matrix; what is not here each rank has whole.
-SHARED_DIM = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
-EMBEDDING, HEAD, NORM = "tok_embeddings.weight", "output.weight", "norm.weight"
-
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 KNOWN = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "multiple_of", "ffn_dim_multiplier"),
     *("hidden_dim", "norm_eps", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "sliding_window"),
@@ -27,72 +18,6 @@ KNOWN = {
 }
 # Rows of the embedding: first and last token of a text, which params.json does not tell.
 SPECIAL_IDS = {32000: (1, 2), 32016: (1, 2), 128256: (128000, 128001)}
-
-
-class ConsolidatedShards:
-    """Tensors of which every file has a share.
-
-    Args:
-        shards: the files in order.
-    Raises:
-        CheckpointError: a file lacks a tensor that another has, or has it in another shape.
-    """
-
-    def __init__(self, shards: Sequence[WeightSource]) -> None:
-        self._shards = shards
-        # Llama 3 shares the embedding by rows, its predecessors by columns.
-        norm, embedding = (shards[0].headers.get(name) for name in (NORM, EMBEDDING))
-        by_rows = norm is not None and embedding is not None and embedding.shape[1:] == norm.shape
-        self._dims = {**SHARED_DIM, "tok_embeddings": 0 if by_rows else 1}
-        self._check()
-        self.headers = {name: self._header(name) for name in shards[0].headers}
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, whole, on the CPU."""
-        dim = self._dim(name)
-        if dim is None:
-            return self._shards[0].read(name)
-        return torch.cat([shard.read(name) for shard in self._shards], dim)
-
-    def close(self) -> None:
-        """Let go of the files."""
-        for shard in self._shards:
-            shard.close()
-
-    def _dim(self, name: str) -> int | None:
-        return self._dims.get(name.split(".")[-2] if "." in name else name)
-
-    def _header(self, name: str) -> TensorHeader:
-        first, dim = self._shards[0].headers[name], self._dim(name)
-        shape = list(first.shape)
-        if dim is not None:
-            shape[dim] = sum(shard.headers[name].shape[dim] for shard in self._shards)
-        return TensorHeader(tuple(shape), first.dtype, first.file)
-
-    def _check(self) -> None:
-        first = self._shards[0].headers
-        for shard in self._shards[1:]:
-            file = next(iter(shard.headers.values())).file
-            for name in sorted(set(first) ^ set(shard.headers)):
-                lacking = file if name in first else next(iter(first.values())).file
-                raise CheckpointError(f"has no share of the tensor '{name}', which the other files have", path=lacking)
-            for name, header in shard.headers.items():
-                if not self._fit(header, first[name], self._dim(name)):
-                    raise CheckpointError(
-                        f"its share of the tensor '{name}' is {header.shape} of {header.dtype}, in "
-                        f"{first[name].file.name} it is {first[name].shape} of {first[name].dtype}",
-                        path=file,
-                    )
-
-    @staticmethod
-    def _fit(one: TensorHeader, two: TensorHeader, dim: int | None) -> bool:
-        """Whether two shares are alike but for their sizes along the shared dimension."""
-        shapes = [
-            [size for axis, size in enumerate(header.shape) if axis != dim] + [len(header.shape)]
-            for header in (one, two)
-        ]
-        has_dim = dim is None or dim < len(one.shape)
-        return has_dim and one.dtype == two.dtype and shapes[0] == shapes[1]
 
 
 def config_from_params(path: Path, weights: WeightSource) -> dict[str, Any]:
@@ -159,11 +84,8 @@ def _is_tied(weights: WeightSource) -> bool:
     """Whether there is no head, or it is a copy of the embedding: Meta writes one in any case."""
     if HEAD not in weights.headers:
         return True
-    # Tied models are small ones, of one file. A first row spares the others a look at all of them.
-    if isinstance(weights, ConsolidatedShards) or weights.headers[HEAD] != weights.headers[EMBEDDING]:
-        return False
-    head, embedding = weights.read(HEAD), weights.read(EMBEDDING)
-    return torch.equal(head[:1], embedding[:1]) and torch.equal(head, embedding)
+    # Tied models are small ones, of one file.
+    return isinstance(weights, WeightFiles) and weights.are_equal(HEAD, EMBEDDING)
 
 
 def _intermediate_size(params: Mapping[str, Any]) -> int:
