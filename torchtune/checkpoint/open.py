@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from torchtune.checkpoint.folder import open_weights
+from torchtune.checkpoint.fp8 import FP8Weights
 from torchtune.checkpoint.gguf import GGUFFile
 from torchtune.checkpoint.gguf_config import hf_config, hf_generation_config, hf_tokenizer
 from torchtune.checkpoint.gguf_layout import GGUFWeights
@@ -328,10 +329,12 @@ def _text_files(folder: Path) -> dict[str, bytes]:
 def _check_config(checkpoint: Checkpoint) -> None:
     """Unpack what can be, refuse what can't be read, and say where two spellings disagree."""
     config = checkpoint.config
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method", "unknown")
     if quantization and method == "mxfp4":
         checkpoint.weights = MXFP4Weights(checkpoint.weights)
+    elif quantization and method == "fp8":
+        checkpoint.weights = FP8Weights(checkpoint.weights, quantization)
     elif quantization:
         raise UnsupportedError(
             f"{checkpoint.path}: its weights are quantised by '{method}', which can't be trained on here; "
