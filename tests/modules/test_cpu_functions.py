@@ -12,7 +12,7 @@ from torchtune.modules.losses import LinearCrossEntropy
 from torchtune.modules.norms import RMSNorm
 
 
-def plain_attention(q, k, v, documents, scale, window, softcap=None):
+def plain_attention(q, k, v, documents, scale, window, softcap=None, sinks=None):
     """Each document by explicit products and a mask."""
     group = q.shape[1] // k.shape[1]
     parts = []
@@ -27,7 +27,10 @@ def plain_attention(q, k, v, documents, scale, window, softcap=None):
         scores = queries @ keys.transpose(1, 2) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[:, None, None].expand(-1, end - start, 1)), dim=-1)
+        weights = scores.softmax(-1)[..., : end - start]
         parts.append((weights @ values).transpose(0, 1))
     return torch.cat(parts)
 
@@ -58,6 +61,26 @@ def test_attention_in_float64(num_kv_heads, window, softcap):
     expected.backward(grad)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_with_sinks(num_kv_heads, window, dtype):
+    """A score a head that takes part in the softmax: values, and gradients of the sinks too."""
+    documents = Documents.from_lengths(LENGTHS)
+    ours = [*leaves(documents.num_tokens, 4, num_kv_heads, dtype), torch.tensor([-2.0, 0.0, 1.0, 4.0], dtype=dtype)]
+    ours[-1].requires_grad_()
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    out = attend(*ours[:3], documents, Scores(0.3, window), sinks=ours[3])
+    expected = plain_attention(*theirs[:3], documents, 0.3, window, sinks=theirs[3])
+    grad = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    out.backward(grad)
+    expected.backward(grad.double())
+    steps = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=steps * expected.abs().max().item())
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=steps * other.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -57,7 +57,7 @@ def attend(
             keys, values = cache.extend(index, k[start:end], v[start:end])
             parts.append(_attend_one(q[start:end], keys, values, scores, sinks))
         return torch.cat(parts)
-    if scores.softcap is not None or sinks is not None:
+    if scores.softcap is not None or (sinks is not None and q.device.type != "cpu"):
         parts = [
             _attend_one(q[start:end], k[start:end], v[start:end], scores, sinks) for start, end in documents.bounds
         ]
@@ -66,7 +66,7 @@ def attend(
         documents = documents.chunked(scores.chunk)
     if q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, scores)
-    return attend_on_cpu(q, k, v, documents, scores.scale, scores.window)
+    return attend_on_cpu(q, k, v, documents, scores.scale, scores.window, sinks)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:

@@ -24,9 +24,17 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None) -> Tensor:
-    """As `attend` in attention.py."""
-    out: Tensor = _apply(q, k, v, documents, scale, window)
+def attend_on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `attend` in attend.py."""
+    out: Tensor = _apply(q, k, v, documents, scale, window, sinks)
     return out
 
 
@@ -51,9 +59,9 @@ class _Group:
     is_token: Tensor
 
 
-def _plan(documents: Documents, dtype: torch.dtype, window: int | None) -> tuple[list[_Group], list[tuple[int, int]]]:
+def _plan(documents: Documents, dtype: torch.dtype, *, may_group: bool) -> tuple[list[_Group], list[tuple[int, int]]]:
     """Which documents go together, and which alone."""
-    if dtype not in (torch.bfloat16, torch.float16) or window is not None:
+    if dtype not in (torch.bfloat16, torch.float16) or not may_group:
         return [], [span for span in documents.bounds if span[1] > span[0]]
     if "_cpu_plan" not in documents.__dict__:  # made once a batch, used by every layer
         buckets: dict[int, list[tuple[int, int]]] = {}
@@ -82,22 +90,29 @@ class _DocumentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Documents,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        groups, alone = _plan(documents, q.dtype, window)
+        groups, alone = _plan(documents, q.dtype, may_group=window is None and sinks is None)
         out = torch.empty_like(q)
         kept: list[Tensor] = []
         for group in groups:
             kept += _grouped_forward(q, k, v, group, scale, out)
         for start, end in alone:
-            kept += _single_forward(q[start:end], k[start:end], v[start:end], scale, window, out[start:end])
-        ctx.save_for_backward(q, k, v, out, *kept)
+            kept += _single_forward(q[start:end], k[start:end], v[start:end], scale, window, sinks, out[start:end])
+        ctx.save_for_backward(q, k, v, out, sinks, *kept)
         ctx.plan, ctx.scale, ctx.window = (groups, alone), scale, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, out, sinks, *kept = ctx.saved_tensors
         grad = grads[0].contiguous()
         groups, alone = ctx.plan
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -108,7 +123,8 @@ class _DocumentAttention(torch.autograd.Function):
             parts = _single_backward(grad[one], q[one], k[one], v[one], out[one], log_sum, ctx.scale, ctx.window)
             for whole, part in zip((dq, dk, dv), parts, strict=True):
                 whole[one] = part
-        return dq, dk, dv, None, None, None
+        dsinks = None if sinks is None else _sinks_backward(grad, out, sinks, kept, alone)
+        return dq, dk, dv, None, None, None, dsinks
 
 
 def _heads_first(x: Tensor, group: _Group, num_kv_heads: int) -> Tensor:
@@ -177,10 +193,18 @@ def _window_mask(length: int, window: int | None, dtype: torch.dtype) -> Tensor 
     return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
 
 
-def _single_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, out: Tensor) -> list[Tensor]:
+def _single_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: Tensor | None, out: Tensor
+) -> list[Tensor]:
     mask = _window_mask(len(q), window, q.dtype)
     queries, keys, values = (_batched(x, q.shape[1]) for x in (q, k, v))
     made, log_sum = _flash(queries, keys, values, 0.0, mask is None, attn_mask=mask, scale=scale)
+    if sinks is not None:
+        # A sink is one more key, without a value: the sum that weights are divided by grows, and nothing else does.
+        # With the grown sum and the output made of it, the backward pass is the kernel's own.
+        with_sink = torch.logaddexp(log_sum, sinks.to(log_sum.dtype)[:, None])
+        made = made * (log_sum - with_sink).exp().unsqueeze(-1).to(made.dtype)
+        log_sum = with_sink
     out.copy_(made[0].transpose(0, 1))
     return [log_sum]
 
@@ -196,6 +220,17 @@ def _single_backward(
     )
     dk, dv = (x[0].unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1) for x in (dk, dv))
     return dq[0].transpose(0, 1), dk, dv
+
+
+def _sinks_backward(
+    grad: Tensor, out: Tensor, sinks: Tensor, log_sums: list[Tensor], spans: list[tuple[int, int]]
+) -> Tensor:
+    """[Q]: through the softmax, -P * sum(dO * O) summed over tokens, with P the sink's own weight."""
+    total = torch.zeros_like(sinks, dtype=torch.promote_types(sinks.dtype, torch.float32))
+    for (start, end), log_sum in zip(spans, log_sums, strict=True):
+        delta = (grad[start:end] * out[start:end]).to(total.dtype).sum(-1).T  # [Q, n]
+        total -= ((sinks.to(total.dtype)[:, None] - log_sum[0].to(total.dtype)).exp() * delta).sum(-1)
+    return total.to(sinks.dtype)
 
 
 _apply: Callable[..., Tensor] = _DocumentAttention.apply
