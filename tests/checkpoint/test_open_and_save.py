@@ -119,6 +119,20 @@ def test_missing_extra_and_misshaped_tensors_are_told_together(folder):
     assert "'model.layers.0.mlp.up_prj.weight' belongs to no part" in text
 
 
+def test_weights_that_are_no_floats_and_a_config_that_is_no_mapping_are_refused(folder):
+    """Quantised or broken files are not taken for weights."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, file)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' has the type torch.float8_e4m3fn.*model.safetens"):
+        checkpoint.check(built(checkpoint))
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="config.json: holds a list, not keys and values"):
+        open_checkpoint(folder)
+
+
 def test_case_c063_more_ids_than_rows(folder):
     """Both sizes and the tokens concerned."""
     path = folder / "tokenizer.json"

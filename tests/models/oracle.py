@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from torchtune.checkpoint.load import load_model
-from torchtune.checkpoint.open import open_checkpoint
+from torchtune.checkpoint.open import Checkpoint, open_checkpoint
 from torchtune.checkpoint.save import save_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.documents import Documents
@@ -141,9 +141,21 @@ def check_round_trip(folder: Path, config: Any, *, dtype: torch.dtype = torch.fl
     assert json.loads((source / "config.json").read_text()) == json.loads((target / "config.json").read_text())
     assert len(list(target.glob("model-*.safetensors"))) > 1
     assert before.keys() >= model.state_dict().keys()
+    check_changes_arrive(folder / "trained", model, checkpoint)
     _, info = auto_class(config).from_pretrained(target, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def check_changes_arrive(folder: Path, model: CausalLM, checkpoint: Checkpoint) -> None:
+    """Every parameter that training changes is saved as it is, and once: the folder opens again."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    save_model(folder, model, checkpoint)
+    saved = dict(load_model(folder).named_parameters())
+    lost = [name for name, parameter in model.named_parameters() if not parameter.equal(saved[name])]
+    assert not lost, f"lost on save: {lost}"
 
 
 def check_family(folder: Path, config: Any, *, length: int = 30) -> None:

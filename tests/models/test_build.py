@@ -47,3 +47,30 @@ def test_a_family_from_outside_is_built_loaded_and_listed(tmp_path, monkeypatch)
 def test_every_family_says_what_it_covers():
     """The list that `tune ls --models` prints has a word for each."""
     assert all(family.covers for family in families())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": None}, "vocab_size: None is no size"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers: '3' is no size"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok: 3 of 2"),
+    ],
+)
+def test_a_size_that_is_none_is_named(changes, said):
+    """The key and what it holds, not an error from deep within."""
+    config = {"model_type": "llama", **SIZES, **HEADS, **changes}
+    with pytest.raises(CheckpointError, match=said):
+        build_model(config)
+
+
+def test_rows_with_positions_are_documents_of_their_own():
+    """A row whose positions go on where the row before it ended does not see that row; labels must fit."""
+    model = build_model({"model_type": "llama", **SIZES, **HEADS})
+    ids = torch.randint(0, 97, (2, 9))
+    positions = torch.stack([torch.arange(9), torch.arange(9, 18)])
+    together = model(ids, positions=positions)
+    for row in range(2):
+        torch.testing.assert_close(together[row], model(ids[row], positions=positions[row]))
+    with pytest.raises(ValueError, match=r"labels \(2, 5\) must have the shape of input_ids \(2, 9\)"):
+        model(ids, labels=ids[:, :5])

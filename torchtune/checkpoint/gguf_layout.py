@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from torchtune.checkpoint.gguf import GGUFFile
 from torchtune.checkpoint.headers import TensorHeader
+from torchtune.checkpoint.layouts import as_halves
 from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.models.build import build_model
+from torchtune.models.config import HFConfig
 from torchtune.modules.stored import as_stored, stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -202,12 +205,8 @@ def gate_and_up(join: Callable[[Tensor, Tensor], Tensor], suffix: str, *, shared
 
 
 def _halves(weights: GGUFWeights, match: re.Match[str]) -> Origin:
-    num_heads = weights.config["num_attention_heads" if match["which"] == "q" else "num_key_value_heads"]
-
-    def change(weight: Tensor) -> Tensor:
-        return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-    return Origin((weights.part(match.string),), change)
+    head_dim = HFConfig(weights.config).head_dim
+    return Origin((weights.part(match.string),), partial(as_halves, head_dim=head_dim))
 
 
 def _heads_side_by_side(weights: GGUFWeights, match: re.Match[str]) -> Origin:

@@ -165,15 +165,18 @@ def _check_extents(path: Path, tensors: Mapping[str, TensorHeader], extents: Map
         before, position = name, end
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, as UTF-8 whatever the locale.
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file, read as UTF-8 whatever the locale.
 
     Raises:
-        CheckpointError: it is not there or no JSON.
+        CheckpointError: it is not there, no JSON, or holds something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError("is missing", path=path) from error
     except ValueError as error:
         raise CheckpointError(f"is no JSON: {error}", path=path) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {type(content).__name__}, not keys and values", path=path)
+    return content

@@ -39,7 +39,8 @@ from torchtune.tokenizers.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 TIED_HEADS = ("lm_head.weight", "embed_out.weight")
-OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"attention\.(bias|masked_bias)$", r"attn\.(bias|masked_bias)$")
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.(attention|attn)\.(bias|masked_bias)$")
+TRAINABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -161,6 +162,9 @@ class Checkpoint:
                 problems.append(
                     f"tensor '{name}' has the shape {found.shape}, the config says {shape} ({found.file.name})"
                 )
+            elif name in self.tensors and self.tensors[name].dtype not in TRAINABLE:
+                found = self.tensors[name]
+                problems.append(f"tensor '{name}' has the type {found.dtype}, not a float's ({found.file.name})")
         if problems:
             shown = "\n  ".join(problems[:10]) + (f"\n  and {len(problems) - 10} more" if len(problems) > 10 else "")
             raise CheckpointError(f"does not fit its config.json:\n  {shown}", path=self.path)
@@ -180,7 +184,9 @@ class Checkpoint:
         self.check(model)
         self._check_tied_head(model)
         pieces = stored_pieces(model)
-        for name, tensor in stored_tensors(model).items():
+        # The largest first: what is read before it is cast lies beside it for a moment, and then there is room.
+        in_order = sorted(stored_tensors(model).items(), key=lambda named: named[1].numel(), reverse=True)
+        for name, tensor in in_order:
             is_parameter = isinstance(tensor, nn.Parameter)
             dtype = param_dtype if is_parameter else torch.float32
             # One copy of the weights in memory: a tensor that is stored whole is read into its place.
@@ -199,10 +205,11 @@ class Checkpoint:
         They are a copy of a tied head, what old files keep of rotary frequencies and masks, and parts of a larger
         model.
         """
-        stored_head = [piece.name for piece in stored_pieces(model).get("lm_head.weight", [])]
-        tied = set() if stored_head else {name for name in self.tensors if name.endswith(TIED_HEADS)}
         patterns = (*OLD_BUFFERS, *model.carried)
-        return tied | {name for name in self.tensors if any(re.search(pattern, name) for pattern in patterns)}
+        found = {name for name in self.tensors if any(re.search(pattern, name) for pattern in patterns)}
+        if model.is_tied:
+            found |= {name for name in self.tensors if name.endswith(TIED_HEADS)}
+        return found - {piece.name for pieces in stored_pieces(model).values() for piece in pieces}
 
     def _check_tied_head(self, model: CausalLM) -> None:
         """A head beside a tied embedding must be its copy: it is read as one, and saved as one."""

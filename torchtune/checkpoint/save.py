@@ -20,7 +20,8 @@ from torchtune.modules.stored import as_stored, stored_pieces, stored_tensors
 MAX_SHARD_BYTES = 5 * 10**9
 # Weights in any form, and what belongs to a run of ours; everything else of a folder is carried over.
 NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".ckpt")
-NOT_CARRIED_NAMES = {"manifest.json", "config.json", "generation_config.json"}
+# Meta's params.json would tell other readers that the folder is of Meta's layout.
+NOT_CARRIED_NAMES = {"manifest.json", "config.json", "generation_config.json", "params.json", "checklist.chk"}
 MAX_CARRIED_BYTES = 100 * 2**20
 
 

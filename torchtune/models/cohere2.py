@@ -13,7 +13,7 @@ from torchtune.models.config import HFConfig, layer_types
 from torchtune.modules.decoder import CausalLM
 
 COVERS = "Command R7B, Command A; Tiny Aya"
-DEFAULTS = {**cohere.DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4}
+DEFAULTS = {**cohere.DEFAULTS, "rope_theta": 10_000.0, "sliding_window": 4096, "sliding_window_pattern": 4}
 
 
 def build(values: Mapping[str, Any]) -> CausalLM:

@@ -15,6 +15,7 @@ from torchtune.errors import CheckpointError, UnsupportedError
 logger = logging.getLogger(__name__)
 
 _NO_DEFAULT = object()
+SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 
 
 class HFConfig:
@@ -24,7 +25,7 @@ class HFConfig:
         values: the parsed file.
         defaults: what its family assumes for keys that are absent.
     Raises:
-        CheckpointError: on reading a key that is neither there nor has a default.
+        CheckpointError: on reading a key that is neither there nor has a default, or a size that is none.
     """
 
     def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
@@ -36,6 +37,8 @@ class HFConfig:
         value = self.get(name, _NO_DEFAULT)
         if value is _NO_DEFAULT:
             raise CheckpointError(f"config.json has no '{name}', which this model needs")
+        if name in SIZES and (type(value) is not int or value < 1):
+            raise CheckpointError(f"config.json: {name}: {value!r} is no size; a whole number above 0 is needed")
         return value
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torchtune.errors import CheckpointError
 from torchtune.models.config import HFConfig
 from torchtune.models.from_config import activation_from
 from torchtune.modules.moe import Choose, Experts, Router, gated_by, softmax_then_choose
@@ -36,7 +37,13 @@ def router_from(config: HFConfig, choose: Choose | None = None, **options: Any) 
 
     Args:
         choose: another way to choose; `options` are those of `Router`.
+    Raises:
+        CheckpointError: a token is to have more experts than there are.
     """
+    if not 0 < config.num_experts_per_tok <= num_experts(config):
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok: {config.num_experts_per_tok} of {num_experts(config)} experts"
+        )
     if choose is None:
         normalised = bool(config.get("norm_topk_prob", False))
         choose = partial(softmax_then_choose, top_k=config.num_experts_per_tok, normalised=normalised)

@@ -200,7 +200,8 @@ class CausalLM(Block):
 
         Args:
             input_ids: [T] with `documents`, or [B, S], which is B documents of S tokens.
-            positions: like input_ids, instead of `documents`: one begins where a position is not the next.
+            positions: like input_ids, instead of `documents`: one begins with each row, and where a position is not
+                the next.
             labels: like input_ids, the token that each position must predict; -100 where none is trained.
             trained: [N], the places in the flat labels that are not -100, where they are known already:
                 finding them makes the host wait for the device.
@@ -209,7 +210,11 @@ class CausalLM(Block):
             cache: keys and values of what came before.
         Returns:
             Logits [T, V] or [B, S, V]; with `labels` a float32 scalar.
+        Raises:
+            ValueError: labels of another shape, or tokens for which there is no position.
         """
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
         if documents is None:
             documents = self._documents(input_ids, positions, cache)
         self._keep_router_logits(labels is not None and self.router_loss is not None)
@@ -234,7 +239,7 @@ class CausalLM(Block):
 
     def _documents(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Documents:
         if positions is not None:
-            return Documents.from_positions(positions.reshape(-1))
+            return Documents.from_positions(positions)
         num_rows, num_tokens = input_ids.shape if input_ids.dim() == 2 else (1, len(input_ids))
         starts = cache.lengths if cache else None
         return Documents.from_lengths([num_tokens] * num_rows, starts=starts, device=input_ids.device)

@@ -41,8 +41,14 @@ class Documents:
 
     @classmethod
     def from_positions(cls, positions: Tensor) -> Documents:
-        """The documents that positions [T] tell: one begins wherever the next position is no successor."""
-        begins = positions.diff(prepend=positions[:1] - 2) != 1
+        """The documents that positions tell: one begins where a position is not the next, and with each row.
+
+        Args:
+            positions: [T], or [B, S] for B rows.
+        """
+        rows = positions if positions.dim() == 2 else positions[None]
+        begins = (rows.diff(prepend=rows[:, :1] - 2) != 1).flatten()
+        positions = rows.flatten()
         starts = begins.nonzero().squeeze(-1).tolist()
         ends = [*starts[1:], len(positions)]
         lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
