@@ -74,3 +74,13 @@ def test_rows_with_positions_are_documents_of_their_own():
         torch.testing.assert_close(together[row], model(ids[row], positions=positions[row]))
     with pytest.raises(ValueError, match=r"labels \(2, 5\) must have the shape of input_ids \(2, 9\)"):
         model(ids, labels=ids[:, :5])
+
+
+def test_load_model_takes_a_type_by_any_of_its_names(tmp_path):
+    """torch's object, torch's name and the short name; without one, the checkpoint's."""
+    save_random(tmp_path, Qwen3Config(**SIZES, **HEADS, head_dim=8))
+    for dtype in (torch.bfloat16, "bfloat16", "torch.bfloat16", "bf16"):
+        assert {p.dtype for p in load_model(tmp_path, dtype=dtype).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="'bf61' is no dtype; fp32, bf16"):
+        load_model(tmp_path, dtype="bf61")

@@ -9,6 +9,7 @@ import torch
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
+from torchtune.modules.dtypes import DTYPES
 
 
 def load_model(
@@ -21,7 +22,7 @@ def load_model(
 
     Args:
         path: a Hugging Face-layout folder, a GGUF file or a hub id.
-        dtype: of the parameters in memory, as a torch dtype or its name; by default the checkpoint's.
+        dtype: of the parameters in memory, as a torch dtype or its name (`bf16`, `bfloat16`); by default the checkpoint's.
         device: where they go.
     Raises:
         CheckpointError: a file is missing, cut or does not fit its config; names file and tensor.
@@ -37,7 +38,7 @@ def load_model(
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(dtype, str):
         return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
+    found = DTYPES.get(dtype) or getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype: '{dtype}' is no dtype; bfloat16, float16, float32 and float64 are")
+        raise ValueError(f"dtype: '{dtype}' is no dtype; {', '.join(DTYPES)} are, and torch's own names")
     return found

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchtune.errors import ConfigError, did_you_mean
+from torchtune.modules.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from torchtune.modules.decoder import CausalLM
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def get_dtype(dtype: str | None = None, device: torch.device | None = None) -> torch.dtype:
