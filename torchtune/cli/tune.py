@@ -34,7 +34,21 @@ tune VERB --help says more. To begin: tune run full_finetune model_checkpoint=DI
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command's entry point; ends the process with the verb's exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if "RANK" not in os.environ:
+        sys.exit(run(arguments))
+    try:
+        code = run(arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if code:
+        # One of several failed, and has said so. An orderly end could abort in the process group's threads, whose
+        # peers are ending too; the status would then be a signal's and not the failure's.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
