@@ -28,7 +28,7 @@ BEGIN, END = "<!-- made by tests/models/support.py -->\n", "<!-- end -->\n"
 
 _MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_LATENT = _MHA | {
+LATENT = _MHA | {
     "moe_intermediate_size": 24,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -45,8 +45,8 @@ _LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 40, "num_local_experts": 4, "
 _SEEING = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
 # What a family's config needs besides, or has otherwise than SIZES and HEADS.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 6},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6},

@@ -6,27 +6,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from tests.models.oracle import SIZES, assert_close, check_family, check_other_spelling, save_random, stored_tensors
+from tests.models.support import LATENT
 from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.checkpoint.save import save_model
 
-SMALL = SIZES | {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 14,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SMALL = SIZES | LATENT | {"bos_token_id": None, "eos_token_id": None}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 100.0,
