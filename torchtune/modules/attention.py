@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchtune.modules.attend import Scores, attend
 from torchtune.modules.documents import Documents
 from torchtune.modules.kv_cache import LayerCache
-from torchtune.modules.linear import Linear
+from torchtune.modules.linear import Linear, linear_group
 from torchtune.modules.naming import Block
 from torchtune.modules.rotary import RotaryAngles
 
@@ -101,7 +101,7 @@ class Attention(Block):
         """[T, D] -> q [T, Q, H], k and v [T, K, H]."""
         # Head counts are read off the projections, so a tensor-parallel shard needs no edit here.
         if self.fused is None:
-            q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+            q, k, v = linear_group([self.q_proj, self.k_proj, self.v_proj], hidden_states)
             if self.norm_at == "flat":
                 q, k = self.q_norm(q), self.k_norm(k)
             size = (-1, self.head_dim)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtune.modules.activations import ACTIVATIONS
-from torchtune.modules.linear import Linear
+from torchtune.modules.linear import Linear, has_hooks, linear_group
 from torchtune.modules.naming import Block
+from torchtune.modules.packed import dense
 
 
 class FeedForward(Block):
@@ -40,13 +41,13 @@ class FeedForward(Block):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = linear_group([self.gate_proj, self.up_proj], x)
         if self.activation is not F.silu:
             return self.down_proj(self.activation(gate) * up)
-        down = self.down_proj
-        if type(down) is Linear and down.bias is None and not (down._forward_hooks or down._forward_pre_hooks):
-            return _SiluProductLinear.apply(gate, up, down.weight)
-        return down(silu_product(gate, up))
+        return linear_of_silu_product(self.down_proj, gate, up)
 
 
 class PlainFeedForward(Block):
@@ -74,6 +75,17 @@ class PlainFeedForward(Block):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
+def linear_of_silu_product(down: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """down(silu(gate) * up), the product not kept where the layer knows how (`of_silu_product`) and has no hook."""
+    if not has_hooks(down):
+        if type(down) is Linear and down.bias is None:
+            return _SiluProductLinear.apply(gate, up, down.weight)
+        if hasattr(down, "of_silu_product"):
+            fused: Tensor = down.of_silu_product(gate, up)
+            return fused
+    return down(silu_product(gate, up))
+
+
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of the same shape, with nothing kept but the two."""
     product: Tensor = _SiluProduct.apply(gate, up)
@@ -90,7 +102,7 @@ class _SiluProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _silu_product_backward(grad, *ctx.saved_tensors)
+        return silu_product_backward(grad, *ctx.saved_tensors)
 
 
 class _SiluProductLinear(torch.autograd.Function):
@@ -102,7 +114,7 @@ class _SiluProductLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
+        return F.linear(F.silu(gate) * up, dense(weight, gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -111,9 +123,10 @@ class _SiluProductLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             product = (F.silu(gate) * up).flatten(0, -2)
             grad_weight = (grad.flatten(0, -2).T @ product).to(weight.dtype)
-        return *_silu_product_backward(grad @ weight.to(grad.dtype), gate, up), grad_weight
+        return *silu_product_backward(grad @ dense(weight, grad.dtype), gate, up), grad_weight
 
 
-def _silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of silu(gate) * up."""
     grad_gate: Tensor = torch.ops.aten.silu_backward(grad * up, gate)
     return grad_gate, grad * F.silu(gate)

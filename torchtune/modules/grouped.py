@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtune.modules.packed import dense
+
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
     """Row by row, x @ weight[e].T, where the first counts[0] rows belong to matrix 0, the next counts[1] to 1, ...
@@ -53,10 +55,10 @@ class _GroupedLinear(torch.autograd.Function):
 def _products(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """x [T, in], matrices [E, in, out] -> [T, out]."""
     if _is_one_kernel(x, *matrices.shape[1:]):
-        return F.grouped_mm(x.contiguous(), matrices.to(x.dtype), offs=_ends(counts))
+        return F.grouped_mm(x.contiguous(), dense(matrices, x.dtype), offs=_ends(counts))
     out = x.new_empty(x.shape[0], matrices.shape[2])
     for expert, rows in _groups(counts.tolist()):
-        torch.mm(x[rows], matrices[expert].to(x.dtype), out=out[rows])
+        torch.mm(x[rows], dense(matrices[expert], x.dtype), out=out[rows])
     return out
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from torchtune.modules.packed import PackedWeight, dense
 
 
 class Linear(nn.Linear):
@@ -23,7 +26,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.weight.dtype == x.dtype:
+        if self.weight.dtype == x.dtype and not isinstance(self.weight, PackedWeight):
             return F.linear(x, self.weight, bias)
         output: Tensor = _CastLinear.apply(x, self.weight)
         return output if bias is None else output + bias
@@ -44,7 +47,7 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.T.to(x.dtype), bias)
+        return F.linear(x, dense(self.weight, x.dtype).T, bias)
 
 
 class Embedding(nn.Embedding):
@@ -56,20 +59,38 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+def linear_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of several linear layers for the same input x [T, in].
+
+    Layers of a kind that has `together` (layers, x) compute them in one; a hook on any of them is honoured.
+    """
+    first = layers[0]
+    together = getattr(type(first), "together", None)
+    if together is None or any(type(layer) is not type(first) or has_hooks(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    outputs: Sequence[Tensor] = together(layers, x)
+    return outputs
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether someone listens to what goes in or out, so that the layer must be called as it is."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 class _CastLinear(torch.autograd.Function):
     """x @ weight.T in x's type: x [..., in], weight [out, in] -> [..., out]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, dense(weight, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.to(grad.dtype)
+            grad_x = grad @ dense(weight, grad.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
         return grad_x, grad_weight
