@@ -206,7 +206,8 @@ class CausalLM(Block):
             trained: [N], the places in the flat labels that are not -100, where they are known already:
                 finding them makes the host wait for the device.
             loss: (hidden [N, D], head weight [V, D], targets [N]) -> scalar sum; by default cross-entropy. A
-                model whose logits are capped also passes `softcap`, one whose head has a bias `bias`.
+                model whose logits are capped also passes `softcap`, one whose head has a bias `bias`, one whose
+                head has a low-rank update `low_rank`: u [N, r] and b [V, r], where u b^T is added to the logits.
             cache: keys and values of what came before.
         Returns:
             Logits [T, V] or [B, S, V]; with `labels` a float32 scalar.
@@ -225,17 +226,26 @@ class CausalLM(Block):
             hidden = hidden * self.logit_scale  # the same as scaled logits, and small
         if labels is None:
             bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
-            logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias).view(*input_ids.shape, -1)
+            logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias)
+            if (update := self._head_update(hidden)) is not None:
+                logits = logits + update[0] @ update[1].T
+            logits = logits.view(*input_ids.shape, -1)
             return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
         labels = labels.reshape(-1)
         if trained is None:
             trained = (labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
         # With no trained token the loss is a zero that still leads to every parameter: a rank without
         # work takes part in the others' collectives.
-        options = {"softcap": self.logit_softcap, "bias": self.head_bias}
+        hidden = hidden[trained]
+        options = {"softcap": self.logit_softcap, "bias": self.head_bias, "low_rank": self._head_update(hidden)}
         given = {name: option for name, option in options.items() if option is not None}
-        total = (loss or LinearCrossEntropy())(hidden[trained], self.head_weight, labels[trained], **given)
+        total = (loss or LinearCrossEntropy())(hidden, self.head_weight, labels[trained], **given)
         return total if self.router_loss is None else total + self._router_loss() * len(trained)
+
+    def _head_update(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """hidden [N, D] -> u [N, r] and b [V, r], whose product is added to the logits, where the head has an update."""
+        low_rank = None if self.is_tied else getattr(self.lm_head, "low_rank", None)
+        return None if low_rank is None else low_rank(hidden)
 
     def _documents(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Documents:
         if positions is not None:

@@ -19,6 +19,8 @@ class Linear(nn.Linear):
     the time of a cast is worth.
     """
 
+    is_linear = True
+
     def reset_parameters(self) -> None:
         """Draw fresh weights; on the meta device there are none, and asking for them loads half of torch."""
         if not self.weight.is_meta:
@@ -34,6 +36,8 @@ class Linear(nn.Linear):
 
 class Conv1D(nn.Module):
     """A linear layer whose weight lies as [in, out], as GPT-2's checkpoints have it (and call it)."""
+
+    is_linear = True
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()

@@ -33,14 +33,17 @@ class LinearCrossEntropy(nn.Module):
         *,
         bias: Tensor | None = None,
         softcap: float | None = None,
+        low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden [N, D], weight [V, D], targets [N] int64 -> float32 scalar (float64 for float64).
 
         Args:
             bias: [V], added to the logits.
             softcap: logits are held within it by softcap * tanh(logits / softcap).
+            low_rank: u [N, r] and b [V, r] in hidden's type; u b^T is added to the logits.
         """
-        return _LinearCrossEntropy.apply(hidden, weight, bias, targets, self.chunk_size, softcap)
+        update = low_rank or (None, None)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, *update, targets, self.chunk_size, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,6 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        low: Tensor | None,
+        up: Tensor | None,
         targets: Tensor,
         chunk_size: int,
         softcap: float | None,
@@ -60,6 +65,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden = ctx.needs_input_grad[0] and hidden.requires_grad
         needs_weight = ctx.needs_input_grad[1] and weight.requires_grad
         needs_bias = bias is not None and ctx.needs_input_grad[2] and bias.requires_grad
+        needs_low = low is not None and ctx.needs_input_grad[3] and low.requires_grad
+        needs_up = up is not None and ctx.needs_input_grad[4] and up.requires_grad
+        grad_low = torch.empty_like(low) if needs_low else None
+        grad_up = torch.zeros(up.shape, dtype=wide, device=up.device) if needs_up and up is not None else None
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs_bias else None
@@ -70,6 +79,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             labels = targets[rows, None]
             logits = buffer[: labels.shape[0]].copy_(hidden[rows] @ weight_cast.T)  # [n, V]
+            if low is not None and up is not None:
+                logits.add_(low[rows] @ up.T)
             if bias is not None:
                 logits.add_(bias)
             if softcap is not None:
@@ -77,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope = 1 - (logits / softcap).square()  # of the capped by the plain logit
             log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += (log_z - logits.gather(1, labels)).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
+            if not any((needs_hidden, needs_weight, needs_bias, needs_low, needs_up)):
                 continue
             grad_logits = logits.sub_(log_z).exp_()
             grad_logits.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
@@ -88,21 +99,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
+            if grad_low is not None and up is not None:
+                torch.mm(grad_logits, up, out=grad_low[rows])
+            if grad_up is not None and low is not None:
+                grad_up.add_(grad_logits.T @ low[rows])
             if needs_weight:
                 if grad_weight is None:
                     grad_weight = torch.zeros_like(weight)
                 for first in range(0, weight.shape[0], VOCAB_SLICE):  # the whole product would be as large again
                     ids = slice(first, first + VOCAB_SLICE)
                     grad_weight[ids].add_(grad_logits[:, ids].T @ hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_low, grad_up)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.hidden_dtype = hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        grad_hidden, grad_weight, grad_bias, grad_low, grad_up = ctx.saved_tensors
         # Scaled in float32 and in place: fp16's loss scale would overflow in the gradient's own type.
-        hidden = None if grad_hidden is None else grad_hidden * grads[0].to(grad_hidden.dtype)
+        hidden, low = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in (grad_hidden, grad_low))
+        up = None if grad_up is None else (grad_up * grads[0]).to(ctx.hidden_dtype)
         weight = None if grad_weight is None else grad_weight.mul_(grads[0].to(grad_weight.dtype))
         bias = None if grad_bias is None else (grad_bias * grads[0]).to(ctx.bias_dtype)
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, low, up, None, None, None

@@ -136,7 +136,13 @@ class Experts(Stored):
         bias: each expert has biases, `gate_up_proj_bias` and `down_proj_bias`.
         weigh_inputs: a token is weighed before its experts and not after them (Llama 4).
         separate: the names of gate, up and down of one expert, in checkpoints that store each apart.
+
+    Attributes:
+        updates: modules (rows [N, in], counts [E]) -> [N, out] whose output is added to that of the projection they
+            are named after. They are no part of a checkpoint.
     """
+
+    unstored = ("updates",)
 
     def __init__(
         self,
@@ -161,6 +167,7 @@ class Experts(Stored):
                 nn.init.normal_(parameter, std=0.02)
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.gated, self.transposed, self.weigh_inputs = gated, transposed, weigh_inputs
+        self.updates = nn.ModuleDict()
         # Without `separate` nothing is stored otherwise than here.
         self.layouts = (partial(self._one_by_one, tuple(separate)), self._stacked) if separate else (dict,)
         self.layout = self.layouts[0]
@@ -175,19 +182,27 @@ class Experts(Stored):
         rows: Tensor = _RowsOfTokens.apply(x, order, place, top_k)
         if self.weigh_inputs:
             rows = rows * weight_of_row
-        gate_up = self._linear(rows, self.gate_up_proj, self.gate_up_proj_bias, counts)
-        rows = self._linear(self.gated(gate_up), self.down_proj, self.down_proj_bias, counts)
+        gate_up = self._linear("gate_up_proj", rows, counts)
+        rows = self._linear("down_proj", self.gated(gate_up), counts)
         if not self.weigh_inputs:
             rows = rows * weight_of_row
         out: Tensor = _SumsOfRows.apply(rows, order, place, top_k)
         return out
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-        out = grouped_linear(x, weight, counts, transposed=self.transposed)
-        return out if bias is None else out + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+    def sizes_of(self, name: str) -> tuple[int, int]:
+        """in and out of a projection: D and 2 F, or F and D."""
+        out, size = self._parameters[name].shape[1:]  # type: ignore[union-attr]
+        return (out, size) if self.transposed else (size, out)
+
+    def _linear(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
+        out = grouped_linear(x, getattr(self, name), counts, transposed=self.transposed)
+        bias: Tensor | None = getattr(self, f"{name}_bias")
+        if bias is not None:
+            out = out + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+        return out + self.updates[name](x, counts) if name in self.updates else out
 
     def _stacked(self) -> dict[str, list[Piece]]:
-        return {name: [Piece(name)] for name, _ in self.named_parameters()}
+        return {name: [Piece(name)] for name, _ in self.named_parameters(recurse=False)}
 
     def _one_by_one(self, names: tuple[str, ...]) -> dict[str, list[Piece]]:
         gate, up, down = names

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +46,34 @@ class Stored(nn.Module):
     layout: Layout
 
 
+def unstored_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are no part of a checkpoint, by name: those of adapters.
+
+    A module names its own children and parameters of this kind in `unstored`.
+    """
+    unstored = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in getattr(module, "unstored", ())
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if unstored and not unstored.isdisjoint(accumulate(name.split("."), "{}.{}".format))
+    }
+
+
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and those buffers that are saved, by name; a tied one once."""
+    """Parameters and those buffers that are saved, by name; a tied one once, adapters not."""
+    unstored = unstored_parameters(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name not in unstored}
     buffers = {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-    return dict(model.named_parameters()) | buffers
+    return parameters | buffers
 
 
 def stored_pieces(model: nn.Module) -> dict[str, list[Piece]]:

@@ -1,0 +1,158 @@
+"""An adapter by itself: its matrices by the names of the layers that they belong to, apart from any model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from torchtune.adapters.config import LoRAConfig
+from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear
+from torchtune.errors import CheckpointError
+from torchtune.modules.decoder import CausalLM
+from torchtune.modules.moe import Experts
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """The update of one matrix W [out, in]: scale * B A, and DoRA's magnitude.
+
+    Attributes:
+        a: [r, in], or [E, r, in] of a stack of experts.
+        b: [out, r], or [E, out, r].
+        magnitude: [out], the lengths of the rows of what is merged.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[-2]
+
+    def merge_into(self, weight: Tensor, *, transposed: bool = False) -> Tensor:
+        """`weight` with the update, in `weight`'s type, which should be a wide one.
+
+        Args:
+            weight: [out, in] or [E, out, in]; in and out the other way round where `transposed`.
+        """
+        update = (self.b.to(weight) @ self.a.to(weight)) * self.scale
+        merged = (weight.mT if transposed else weight) + update
+        if self.magnitude is not None:
+            merged = merged * (self.magnitude.to(weight) / merged.norm(dim=-1))[..., None]
+        return merged.mT if transposed else merged
+
+
+@dataclass
+class Adapter:
+    """A trained adapter.
+
+    Attributes:
+        config: its rank, alpha and so on; `targets` are the exact names in `updates`.
+        updates: by the name of the layer in the model, or of a stack of experts (`PATH.down_proj`).
+        whole: parameters that were trained whole, by name in the model.
+        base: the checkpoint that it belongs to, as it was named; None if that is not known.
+    """
+
+    config: LoRAConfig
+    updates: dict[str, LowRankUpdate]
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    base: str | None = None
+
+    def merge_into(self, name: str, weight: Tensor, model: CausalLM) -> Tensor:
+        """A parameter of the base, by its name in the model, with what the adapter has for it."""
+        if name in self.whole:
+            return self.whole[name].to(weight)
+        update = self.updates.get(layer_of(model, name))
+        return weight if update is None else update.merge_into(weight, transposed=lies_transposed(model, name))
+
+
+def layer_of(model: CausalLM, parameter: str) -> str:
+    """The name under which the parameter's update is kept: its layer's, or its own in a stack of experts."""
+    path, _, name = parameter.rpartition(".")
+    return path if name == "weight" else "" if name == "bias" else parameter
+
+
+def lies_transposed(model: CausalLM, parameter: str) -> bool:
+    """Whether a parameter is [in, out]: GPT-2's, an embedding's, the experts' of some families."""
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    if isinstance(module, Experts | LoRALinear):
+        return module.transposed
+    return isinstance(module, nn.Embedding | LoRAEmbedding) or type(module).__name__ == "Conv1D"
+
+
+def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) -> Adapter:
+    """What `model`'s update layers hold now; the tensors are the model's own.
+
+    PiSSA trains the difference to where it began, which is of twice the rank: that is what stands here, so that
+    it belongs to the base as it was published.
+    """
+    updates: dict[str, LowRankUpdate] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            a, b = module.lora_A.weight, module.lora_B.weight
+            if module.initial is not None:
+                a, b = torch.cat((a, module.initial[0].to(a))), torch.cat((b, -module.initial[1].to(b)), dim=1)
+            updates[name] = LowRankUpdate(a, b, module.scale, module.lora_magnitude_vector)
+        elif isinstance(module, LoRAEmbedding):
+            updates[name] = LowRankUpdate(module.lora_embedding_A, module.lora_embedding_B, module.scale)
+        elif isinstance(module, Experts):
+            for kind, update in module.updates.items():
+                assert isinstance(update, ExpertsUpdate)
+                updates[f"{name}.{kind}"] = LowRankUpdate(update.lora_A.weight, update.lora_B.weight, update.scale)
+    own = {id(parameter) for _, parameter in own_parameters(model)}
+    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    return Adapter(replace(config, targets=tuple(updates)), updates, whole, base)
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of update layers, without what is trained whole."""
+    kinds = (LoRALinear, LoRAEmbedding, ExpertsUpdate)
+    for path, module in model.named_modules():
+        if isinstance(module, kinds):
+            for name, parameter in module.named_parameters():
+                if name.startswith("lora_"):
+                    yield f"{path}.{name}", parameter
+
+
+def fill(model: CausalLM, adapter: Adapter) -> None:
+    """Give the update layers of `model`, on the device where they are, an adapter's values.
+
+    Raises:
+        CheckpointError: a layer without a value, a value without a layer, or other shapes.
+    """
+    held = adapter_of(model, adapter.config)
+    _compare(held.updates, adapter.updates, "no update of", "an update of")
+    _compare(held.whole, adapter.whole, "nothing of", "a value of")
+    with torch.no_grad():
+        for name, mine in held.updates.items():
+            theirs = adapter.updates[name]
+            if (mine.magnitude is None) != (theirs.magnitude is None):
+                raise CheckpointError(f"'{name}' has a magnitude (DoRA) in one of the adapter and this run alone")
+            for into, value in ((mine.a, theirs.a), (mine.b, theirs.b), (mine.magnitude, theirs.magnitude)):
+                if into is not None and value is not None:
+                    _check_shape(name, into, value)
+                    into.copy_(value)
+        parameters = dict(model.named_parameters())
+        for name, value in adapter.whole.items():
+            _check_shape(name, parameters[name], value)
+            parameters[name].copy_(value)
+
+
+def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, an: str) -> None:
+    if missing := sorted(set(held) - set(given)):
+        raise CheckpointError(f"the adapter has {no} '{missing[0]}', which this run trains")
+    if left_over := sorted(set(given) - set(held)):
+        raise CheckpointError(f"the adapter has {an} '{left_over[0]}', which this run does not train")
+
+
+def _check_shape(name: str, into: Tensor, value: Tensor) -> None:
+    if into.shape != value.shape:
+        raise CheckpointError(
+            f"the adapter's '{name}' is {tuple(value.shape)}, and this run's {tuple(into.shape)}: another rank, or another base"
+        )

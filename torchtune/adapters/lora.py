@@ -1,0 +1,235 @@
+"""Layers with a low-rank update, and the transform that gives it to a model.
+
+A layer keeps its `weight` and `bias` under their names, frozen, and gets `lora_A` and `lora_B` (and DoRA's
+`lora_magnitude_vector`) beside them: names are PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtune.adapters.config import LoRAConfig
+from torchtune.adapters.fused import Adapted, lora_linear, lora_linear_of_silu_product, lora_linears
+from torchtune.adapters.targets import Targets, find_targets, find_whole
+from torchtune.errors import ConfigError
+from torchtune.modules.decoder import CausalLM
+from torchtune.modules.grouped import grouped_linear
+from torchtune.modules.linear import Conv1D, Embedding
+from torchtune.modules.moe import Experts
+from torchtune.modules.packed import dense
+
+
+class Factor(nn.Module):
+    """One of the two matrices of a low-rank update."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a low-rank update: x W^T + b + scale * (x A^T) B^T.
+
+    Letters: r rank. W is [out, in], or lies as [in, out] where `transposed` (GPT-2); A is [r, in], B [out, r].
+
+    Args:
+        layer: whose weight and bias it takes over.
+        scale: what the update is multiplied by.
+        dropout: share of the update's inputs dropped in training.
+        use_dora: rows of W + scale * B A are scaled to the length that `lora_magnitude_vector` [out] says.
+    """
+
+    is_linear = True
+    unstored = ("lora_A", "lora_B", "lora_magnitude_vector")
+
+    def __init__(
+        self, layer: nn.Module, *, rank: int, scale: float, dropout: float = 0.0, use_dora: bool = False
+    ) -> None:
+        super().__init__()
+        self.transposed = isinstance(layer, Conv1D)
+        self.in_features, self.out_features = int(layer.in_features), int(layer.out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.scale = scale
+        with torch.device(self.weight.device):
+            self.lora_A, self.lora_B = Factor(rank, self.in_features), Factor(self.out_features, rank)
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features)) if use_dora else None
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self._squared_norms: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        adapter_input = None if self.dropout is None else self.dropout(x)
+        w, a, b = self.weight, self.lora_A.weight, self.lora_B.weight
+        bias = None if self.lora_magnitude_vector is not None else self.bias
+        out = lora_linear(x, w, bias, a, b, self.scale, transposed=self.transposed, adapter_input=adapter_input)
+        return self._with_magnitude(out)
+
+    @staticmethod
+    def together(layers: Sequence[LoRALinear], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of several layers for the same x."""
+        if any(layer.dropout is not None and layer.training for layer in layers):
+            return [layer(x) for layer in layers]  # each drops other inputs
+        outputs = lora_linears(x, [layer._adapted() for layer in layers])
+        return [layer._with_magnitude(out) for layer, out in zip(layers, outputs, strict=True)]
+
+    def of_silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The output for silu(gate) * up, which is not kept."""
+        if self.transposed or (self.dropout is not None and self.training):
+            return self(F.silu(gate) * up)
+        adapted = self._adapted()
+        out = lora_linear_of_silu_product(
+            gate, up, adapted.weight, adapted.bias, adapted.lora_a, adapted.lora_b, adapted.scale
+        )
+        return self._with_magnitude(out)
+
+    def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """For a head: u [..., r] and B [out, r] in x's type, where the update of the output is u B^T."""
+        x = x if self.dropout is None else self.dropout(x)
+        return F.linear(x, self.lora_A.weight.to(x.dtype)), (self.lora_B.weight * self.scale).to(x.dtype)
+
+    def row_norms(self) -> Tensor:
+        """[out], the lengths of the rows of W + scale * B A, without making that matrix. No gradient goes through.
+
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b. The paper treats the length as a constant (section 4.3).
+        """
+        wide = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
+        with torch.no_grad():
+            w = dense(self.weight, wide)
+            w = w.T if self.transposed else w
+            if self._squared_norms is None:
+                self._squared_norms = w.square().sum(1)
+            a, b = self.lora_A.weight.to(wide), self.lora_B.weight.to(wide) * self.scale
+            cross = ((w @ a.T) * b).sum(1)
+            return (self._squared_norms + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)).clamp_min(0).sqrt()
+
+    def _adapted(self) -> Adapted:
+        bias = None if self.lora_magnitude_vector is not None else self.bias
+        return Adapted(self.weight, bias, self.lora_A.weight, self.lora_B.weight, self.scale, self.transposed)
+
+    def _with_magnitude(self, out: Tensor) -> Tensor:
+        if self.lora_magnitude_vector is None:
+            return out
+        out = out * (self.lora_magnitude_vector / self.row_norms()).to(out.dtype)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class LoRAEmbedding(nn.Module):
+    """An embedding with a low-rank update: W[id] + scale * A[:, id]^T B^T; A is [r, V], B [D, r]."""
+
+    unstored = ("lora_embedding_A", "lora_embedding_B")
+
+    def __init__(self, layer: Embedding, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.scale = scale
+        with torch.device(self.weight.device):
+            self.lora_embedding_A = nn.Parameter(torch.empty(rank, self.num_embeddings))
+            self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, rank))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [...] -> [..., D]."""
+        rows = F.embedding(input_ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T * self.scale
+        return F.embedding(input_ids, self.weight) + rows.to(self.weight.dtype)
+
+
+class ExpertsUpdate(nn.Module):
+    """The low-rank update of one projection of all experts: A is [E, r, in], B [E, out, r]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = Factor(num_experts, rank, in_features), Factor(num_experts, out_features, rank)
+        self.scale = scale
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [T, in], rows by expert as `counts` [E] says -> [T, out]."""
+        low = grouped_linear(x, self.lora_A.weight, counts) * self.scale
+        return grouped_linear(low, self.lora_B.weight, counts)
+
+
+def apply_lora(model: CausalLM, config: LoRAConfig) -> Targets:
+    """Freeze `model` and give the layers that `config` names a trainable low-rank update.
+
+    The model may be on the meta device. The update's values are set afterwards, by `init_lora` or from a file.
+
+    Returns:
+        What was adapted.
+    Raises:
+        ConfigError: a target that names nothing, a rank above a matrix, or what does not go together.
+    """
+    targets = find_targets(model, config.targets, layers=config.layers)
+    whole = find_whole(model, config.modules_to_save)
+    _check(model, config, targets, whole)
+    model.requires_grad_(False)
+    for name in targets.linears:
+        layer = model.get_submodule(name)
+        rank, scale = config.rank_of(name), config.scale_of(name)
+        made = LoRALinear(layer, rank=rank, scale=scale, dropout=config.dropout, use_dora=config.use_dora)
+        model.set_submodule(name, made)
+    for name in targets.embeddings:
+        embedding = model.get_submodule(name)
+        assert isinstance(embedding, Embedding)
+        model.set_submodule(
+            name, LoRAEmbedding(embedding, rank=config.rank_of(name), scale=config.scale_of(name))
+        )
+    for name in targets.experts:
+        path, _, kind = name.rpartition(".")
+        _adapt_experts(model.get_submodule(path), kind, rank=config.rank_of(name), scale=config.scale_of(name))
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
+    return targets
+
+
+def _adapt_experts(experts: nn.Module, kind: str, *, rank: int, scale: float) -> None:
+    assert isinstance(experts, Experts)
+    in_features, out_features = experts.sizes_of(kind)
+    with torch.device(experts.down_proj.device):
+        update = ExpertsUpdate(experts.num_experts, in_features, out_features, rank=rank, scale=scale)
+    experts.updates[kind] = update
+
+
+def _check(model: CausalLM, config: LoRAConfig, targets: Targets, whole: Sequence[str]) -> None:
+    for name in targets.names:
+        rank = config.rank_of(name)
+        sizes = _sizes(model, name)
+        if not 1 <= rank <= min(sizes):
+            raise ConfigError(
+                f"rank {rank} is more than '{name}' has: its matrix is {sizes[1]} x {sizes[0]}; give it at most "
+                f"{min(sizes)}, by lora_rank_pattern for this layer alone",
+                key="lora_rank",
+            )
+        inside = [module for module in whole if name == module or name.startswith(f"{module}.")]
+        if inside:
+            raise ConfigError(f"'{inside[0]}' is trained whole, so '{name}' takes no adapter too", key="modules_to_save")
+    for key, pattern in (("lora_rank_pattern", config.rank_pattern), ("lora_alpha_pattern", config.alpha_pattern)):
+        for ends, value in pattern.items():
+            alone = replace(config, rank_pattern={}, alpha_pattern={ends: math.inf})
+            if not any(alone.alpha_of(name) == math.inf for name in targets.names):
+                raise ConfigError(f"'{ends}' ({value}) fits no adapted layer; one is '{targets.names[0]}'", key=key)
+    without = "experts" if targets.experts else "the embedding" if targets.embeddings else None
+    for key, given in (("lora_dropout", config.dropout > 0), ("use_dora", config.use_dora)):
+        if given and without:
+            raise ConfigError(f"there is none on {without}, here or in PEFT; leave it out of lora_targets", key=key)
+    heads = [name for name in targets.linears if not model.is_tied and model.get_submodule(name) is model.lm_head]
+    if heads and config.use_dora:
+        raise ConfigError(f"there is none on the head ('{heads[0]}'); leave it out of lora_targets", key="use_dora")
+    if config.init in ("pissa", "loftq") and (config.use_dora or targets.experts or targets.embeddings):
+        raise ConfigError(f"'{config.init}' is for plain LoRA on linear layers alone", key="lora_init")
+
+
+def _sizes(model: CausalLM, name: str) -> tuple[int, int]:
+    """in and out of what is adapted."""
+    path, _, kind = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(parent, Experts) and kind in ("gate_up_proj", "down_proj"):
+        return parent.sizes_of(kind)
+    layer = model.get_submodule(name)
+    if isinstance(layer, Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return int(layer.in_features), int(layer.out_features)
