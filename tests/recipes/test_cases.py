@@ -141,11 +141,17 @@ def test_case_c128_nothing_waits_between_logged_steps(train, monkeypatch):
             with CountingWaits() as self.mode:
                 super().train()
 
-        def _after_step(self, epoch, metrics):
-            over = super()._after_step(epoch, metrics)
-            waits[self.total_training_steps] = self.mode.found
-            self.mode.found = []
-            return over
+        def _setup_observers(self, params):
+            super()._setup_observers(params)
+            keep_up = self._upkeep.after_step
+
+            def after_step(epoch, metrics):
+                over = keep_up(epoch, metrics)
+                waits[self.total_training_steps] = self.mode.found
+                self.mode.found = []
+                return over
+
+            self._upkeep.after_step = after_step
 
     train(max_steps=8, log_every_n_steps=4, recipe_class=Watched)
     assert waits.pop(4)

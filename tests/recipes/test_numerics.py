@@ -91,10 +91,10 @@ def test_fp16_loss_scale_is_resumed(train, tmp_path):
     whole, metrics = train(output_dir=str(tmp_path / "whole"), **keys)
     out = tmp_path / "whole"
     expected = (out / "step_4" / "model.safetensors").read_bytes()
-    state = whole._grad_scaler.state_dict()
+    state = whole._optimization.grad_scaler.state_dict()
     assert state["_growth_tracker"] == 4
     resumed, again = train(output_dir=str(out), resume_from_checkpoint=str(out / "step_2"), **keys)
-    assert resumed._grad_scaler.state_dict() == state
+    assert resumed._optimization.grad_scaler.state_dict() == state
     assert [line["loss"] for line in again] == [line["loss"] for line in metrics]
     assert (out / "step_4" / "model.safetensors").read_bytes() == expected
 
@@ -106,13 +106,13 @@ def test_fp16_overflow_skips_the_step_and_halves_the_scale(train):
     class Large(FullFinetuneRecipe):
         def _setup_optimizer(self, params, ckpt_dict):
             optimizer = super()._setup_optimizer(params, ckpt_dict)
-            self._grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+            self._optimization.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
             before.update(weights(self))
             return optimizer
 
     recipe, metrics = train(dtype="fp16", max_steps=1, recipe_class=Large)
     assert math.isfinite(metrics[0]["loss"])
-    assert recipe._grad_scaler.get_scale() == 2.0**59
+    assert recipe._optimization.grad_scaler.get_scale() == 2.0**59
     assert all(torch.equal(value, before[name]) for name, value in weights(recipe).items())
 
 

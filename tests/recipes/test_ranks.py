@@ -79,10 +79,16 @@ from torchtune.recipes.full_finetune import FullFinetuneParams, FullFinetuneReci
 
 
 class Failing(FullFinetuneRecipe):
-    def _after_step(self, epoch, metrics):
-        if self.total_training_steps == 2:
-            {failure}
-        return super()._after_step(epoch, metrics)
+    def _setup_observers(self, params):
+        super()._setup_observers(params)
+        keep_up = self._upkeep.after_step
+
+        def after_step(epoch, metrics):
+            if self.total_training_steps == 1:
+                {failure}
+            return keep_up(epoch, metrics)
+
+        self._upkeep.after_step = after_step
 
 
 def main():

@@ -106,19 +106,21 @@ def count_steps(params: FinetuneParams, loader: DataLoader) -> int | None:
     return min(total, params.max_steps or total)
 
 
-def progress(step: int, total_steps: int | None, loader: DataLoader, total_epochs: int) -> float:
+def progress(step: int, total_steps: int | None, loader: DataLoader, params: FinetuneParams) -> float:
     """How far the run is once `step` is made: in steps where their number is known, else in rows."""
     if total_steps:
         return step / total_steps
+    total_epochs = choose_epochs(params)
+    assert total_epochs is not None, "a run is counted in steps or in epochs"
     rows_done = loader.sampler.epoch * loader.num_rows + loader.rows_consumed
     return rows_done / (loader.num_rows * total_epochs)
 
 
-def optimizer_options(params: FinetuneParams, num_parameters: int) -> dict[str, Any]:
+def optimizer_options(params: FinetuneParams, default_lr: float) -> dict[str, Any]:
     """The optimizer's component with what is left open filled in: AdamW's rate, decay and fused kernel."""
     options = dict(params.optimizer)
     if options["_component_"] in ("torch.optim.AdamW", "torch.optim.adamw.AdamW"):
-        options = {"lr": choose_lr(num_parameters), "weight_decay": 0.0, "fused": True} | options
+        options = {"lr": default_lr, "weight_decay": 0.0, "fused": True} | options
     return options
 
 

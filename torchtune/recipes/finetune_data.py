@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from torchtune.checkpoint.open import Checkpoint
+from torchtune.checkpoint.training_state import TrainingState
 from torchtune.config.component import COMPONENT, find_callable
 from torchtune.data.dataset import Dataset, open_dataset
 from torchtune.data.loader import DataLoader
@@ -23,8 +24,10 @@ from torchtune.data.rows import Rows, Transform
 from torchtune.data.sampler import RowSampler
 from torchtune.distributed.process_group import rank, world_size
 from torchtune.errors import ConfigError
+from torchtune.recipes import choices
 from torchtune.recipes.choices import Batching
 from torchtune.recipes.params import FinetuneParams
+from torchtune.recipes.run_state import RunState
 from torchtune.tokenizers.tokenizer import Tokenizer
 from torchtune.training.progress import say
 
@@ -111,14 +114,54 @@ def build_transform(component: dict[str, Any] | None) -> Transform | None:
     return target(**keywords) if isinstance(target, type) else partial(target, **keywords)
 
 
-def deal(
-    data: FinetuneData, params: FinetuneParams, batching: Batching, *, seed: int, until: ExitStack
-) -> tuple[RowSampler, DataLoader, DataLoader | None]:
-    """The order of the rows, the loader of training steps, and that of the held-out data, if there is any.
+@dataclass(frozen=True)
+class FinetuneLoaders:
+    """What the loop reads.
+
+    Attributes:
+        batching: how rows become steps.
+        sampler: the order of the rows.
+        train: the steps.
+        held_out: those of the held-out data, if there is any.
+    """
+
+    batching: Batching
+    sampler: RowSampler
+    train: DataLoader
+    held_out: DataLoader | None
+
+
+def open_loaders(
+    params: FinetuneParams,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    state: RunState,
+    saved: TrainingState | None,
+    *,
+    until: ExitStack,
+) -> FinetuneLoaders:
+    """Prove the data, decide how it is dealt to steps, and go to the place that a resumed run is at.
 
     Args:
+        state: has the seed, and the time that templates are told.
+        saved: what the run is resumed from, if it is.
         until: closes the loaders.
+    Raises:
+        DataError: rows that can't be trained on, with file, line and remedy.
     """
+    limit = choices.longest_allowed(params, checkpoint.config)
+    data = prepare_data(params, checkpoint, tokenizer, max_seq_len=limit, seed=state.seed, now=state.started)
+    say(str(data.train.report))
+    batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=world_size())
+    sampler, train, held_out = _deal(data, params, batching, seed=state.seed, until=until)
+    if saved is not None and state.steps_in_epoch:
+        train.load_state_dict(saved.state["dataloader"])
+    return FinetuneLoaders(batching, sampler, train, held_out)
+
+
+def _deal(
+    data: FinetuneData, params: FinetuneParams, batching: Batching, *, seed: int, until: ExitStack
+) -> tuple[RowSampler, DataLoader, DataLoader | None]:
 
     def loader(source: Prepared | Mix, sampler: RowSampler) -> DataLoader:
         limit = max(batching.max_seq_len, source.report.longest)  # held-out samples may be longer than all others

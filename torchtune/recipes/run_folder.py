@@ -110,11 +110,12 @@ class RunFolder:
         )
 
     def write_config(self, params: FinetuneParams, chosen: Mapping[str, Any]) -> None:
-        """Write OUT/config.yaml: params that give this run again, under comments with versions and command.
+        """Write OUT/config.yaml: params that give this run again, under comments with versions and command. Say it too.
 
         Args:
             chosen: what was decided for keys that the params left open; written as comments.
         """
+        say(f"{self.path}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         if not is_main():
             return
         self.path.mkdir(parents=True, exist_ok=True)

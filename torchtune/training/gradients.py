@@ -12,6 +12,7 @@ from torch import nn
 from torchtune.errors import TrainingError
 
 MAX_ROWS_NAMED = 20
+MAX_PARAMETERS_NAMED = 5
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -23,6 +24,27 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, n
     """Scale gradients whose norm is `norm` down to `max_norm`, in place; None and infinity leave them alone."""
     if max_norm is not None and math.isfinite(max_norm):
         nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)
+
+
+def check_all_reached(model: nn.Module) -> None:
+    """After a backward pass: every parameter that is trained has a gradient. Nobody waits for the device.
+
+    A gradient of zeros counts: a part that no token went through got one. None at all says that autograd
+    never came there, as with activation checkpointing of the reentrant kind over frozen embeddings; such
+    a run would go on, and train half of what it says.
+
+    Raises:
+        TrainingError: names the first parameters without.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missed = [name for name, parameter in trained if parameter.grad is None]
+    if missed:
+        more = f" and {len(missed) - MAX_PARAMETERS_NAMED} more" if len(missed) > MAX_PARAMETERS_NAMED else ""
+        raise TrainingError(
+            f"{len(missed)} of {len(trained)} trained parameters got no gradient in the first step, so they would "
+            f"stay as they are: {', '.join(missed[:MAX_PARAMETERS_NAMED])}{more}. Nothing was changed. Where the loss "
+            "does not depend on them, name them in freeze."
+        )
 
 
 @dataclass

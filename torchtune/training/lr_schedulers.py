@@ -54,7 +54,7 @@ def lr_factor(
 
 @dataclass
 class LRSchedule:
-    """Sets an optimizer's rates before each step. Each group keeps its own peak.
+    """Sets an optimizer's rates before each step. Each group keeps its own peak: its `lr`, times its `lr_ratio`.
 
     Attributes:
         name, num_warmup_steps, min_lr_ratio: as in `lr_factor`.
@@ -70,7 +70,7 @@ class LRSchedule:
 
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
+            group.setdefault("initial_lr", group["lr"] * group.get("lr_ratio", 1.0))
 
     def set_lr(self, step: int, progress: float) -> float:
         """Set the rates for optimizer step `step` (from 1), after which the run is at `progress`; returns the first."""

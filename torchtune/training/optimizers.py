@@ -16,7 +16,10 @@ from torchtune.training.precision import stochastic_round_
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters whose name matches `pattern` (`re.search`) get these values in place of the optimizer's."""
+    """Parameters whose name matches `pattern` (`re.search`) get these values in place of the optimizer's.
+
+    Besides the optimizer's own names, `lr_ratio` is what LRSchedule multiplies their rate by.
+    """
 
     pattern: str
     values: dict[str, float]
@@ -42,7 +45,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def build_param_groups(
-    model: nn.Module, groups: Sequence[ParamGroup], *, weight_decay: float | None
+    model: nn.Module, groups: Sequence[ParamGroup], *, weight_decay: float | None, defaults: Sequence[ParamGroup] = ()
 ) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: one per set of equal values, in the order of the model's parameters.
 
@@ -50,26 +53,36 @@ def build_param_groups(
     zero and not towards a simpler function (Loshchilov & Hutter, 2019, arXiv:1711.05101, decay weights).
     A group that names its own `weight_decay` gets it for all that it matches.
 
+    Args:
+        defaults: what the method asks for by itself; a value that `groups` has for the same parameter wins.
     Raises:
         ConfigError: a group's pattern matches no trained parameter, or two groups match the same one.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = [name for name, _ in trained]
+    wished, by_method = _values_by_name(groups, names), _values_by_name(defaults, names)
+    made: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        values = {**by_method.get(name, {}), **wished.get(name, {})}
+        if "lr" in wished.get(name, {}):
+            values.pop("lr_ratio", None)  # a rate that was asked for is meant as it stands
+        if weight_decay and parameter.dim() < 2:
+            values.setdefault("weight_decay", 0.0)
+        made.setdefault(tuple(sorted(values.items())), []).append(parameter)
+    return [{"params": parameters, **dict(values)} for values, parameters in made.items()]
+
+
+def _values_by_name(groups: Sequence[ParamGroup], names: Sequence[str]) -> dict[str, dict[str, float]]:
     owner: dict[str, ParamGroup] = {}
     for group in groups:
-        for name in _matching(group.pattern, [name for name, _ in trained], key="param_groups"):
+        for name in _matching(group.pattern, names, key="param_groups"):
             if name in owner:
                 raise ConfigError(
                     f"'{name}' matches both '{owner[name].pattern}' and '{group.pattern}'; make one of them narrower",
                     key="param_groups",
                 )
             owner[name] = group
-    made: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
-    for name, parameter in trained:
-        values = dict(owner[name].values) if name in owner else {}
-        if weight_decay and parameter.dim() < 2:
-            values.setdefault("weight_decay", 0.0)
-        made.setdefault(tuple(sorted(values.items())), []).append(parameter)
-    return [{"params": parameters, **dict(values)} for values, parameters in made.items()]
+    return {name: group.values for name, group in owner.items()}
 
 
 def _matching(pattern: str, names: Sequence[str], *, key: str) -> list[str]:
@@ -152,6 +165,7 @@ def build_optimizer(
     groups: Sequence[ParamGroup],
     *,
     weight_decay: float | None,
+    defaults: Sequence[ParamGroup] = (),
 ) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters.
 
@@ -159,8 +173,9 @@ def build_optimizer(
         build: makes the optimizer from a list of parameter groups, the options already bound.
         groups: other rates or decays by name.
         weight_decay: the optimizer's own, if it has one.
+        defaults: other rates or decays that the method asks for; `groups` wins.
     """
-    made = build_param_groups(model, groups, weight_decay=weight_decay)
+    made = build_param_groups(model, groups, weight_decay=weight_decay, defaults=defaults)
     if any(parameter.dtype == torch.bfloat16 for group in made for parameter in group["params"]):
         return StochasticRounding(made, build)
     return build(made)

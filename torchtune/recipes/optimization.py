@@ -1,0 +1,165 @@
+"""The optimizer and what belongs to its step: rates, loss scale, the gradients of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchtune.checkpoint.training_state import TrainingState, load_optimizer_tensors, optimizer_tensors
+from torchtune.config.component import instantiate
+from torchtune.data.batch import Batch
+from torchtune.data.loader import DataLoader
+from torchtune.distributed.gradients import sum_gradients
+from torchtune.recipes import choices
+from torchtune.recipes.params import FinetuneParams
+from torchtune.training.gradients import FiniteGuard, check_all_reached, clip_gradients, gradient_norm
+from torchtune.training.lr_schedulers import LRSchedule
+from torchtune.training.optimizers import ParamGroup, build_optimizer
+
+
+class Optimization:
+    """What stands around forward and backward in an optimizer step.
+
+        lr = optimization.set_lr(step)
+        for batch in micro_batches:
+            optimization.scaled(loss).backward()
+        grad_norm = optimization.gather_gradients()
+        optimization.check_finite(step, losses, grad_norm, micro_batches)
+        optimization.clip_gradients(grad_norm)
+        optimization.step()
+
+    Args:
+        model: its parameters with `requires_grad` are trained.
+        loader: gives the number of steps, or where that is not known beforehand, of rows.
+        device: where the model is.
+        dtype: what is computed in; fp16 scales its loss.
+        default_lr: the peak rate of AdamW where the params name none.
+        groups: the recipe's own rates and decays by name pattern; those of the params come before them.
+    Raises:
+        ConfigError: a pattern of `param_groups` matches nothing, or two match the same parameter.
+
+    Attributes:
+        optimizer: torch's.
+        total_steps: optimizer steps of the whole run; None where only the data's end will tell.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: FinetuneParams,
+        loader: DataLoader,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        default_lr: float,
+        groups: Sequence[ParamGroup] = (),
+    ) -> None:
+        self._model = model
+        self._params = params
+        self._loader = loader
+        self._device = device
+        options = choices.optimizer_options(params, default_lr)
+        self.optimizer = build_optimizer(
+            model,
+            partial(instantiate, options),
+            choices.param_groups(params),
+            defaults=groups,
+            weight_decay=options.get("weight_decay"),
+        )
+        self.total_steps = choices.count_steps(params, loader)
+        self._lr_schedule = LRSchedule(
+            self.optimizer,
+            name=params.lr_scheduler.name,
+            num_warmup_steps=choices.choose_warmup(params.lr_scheduler.num_warmup_steps, self.total_steps),
+            min_lr_ratio=params.lr_scheduler.min_lr_ratio,
+        )
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        # fp16's loss scale makes gradients overflow on purpose; such a step is skipped, not wrong.
+        self._guard = FiniteGuard(checks_gradients=not self.grad_scaler.is_enabled())
+        self._is_first_step = True
+
+    def decided(self) -> dict[str, Any]:
+        """What was chosen where the params left it open, for the record."""
+        return {
+            "lr": self.optimizer.param_groups[0]["initial_lr"],
+            "steps": self.total_steps,
+            "num_warmup_steps": self._lr_schedule.num_warmup_steps,
+        }
+
+    def set_lr(self, step: int) -> float:
+        """Set the rates for optimizer step `step`, counted from 1; returns the first group's."""
+        return self._lr_schedule.set_lr(step, choices.progress(step, self.total_steps, self._loader, self._params))
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on: larger in fp16, where small gradients would be rounded to zero."""
+        return self.grad_scaler.scale(loss)
+
+    def gather_gradients(self) -> Tensor:
+        """Sum the gradients over all ranks and undo the loss scale; returns their norm, for which nobody waits.
+
+        Raises:
+            TrainingError: in the run's first step a trained parameter got no gradient.
+        """
+        if self._is_first_step:
+            check_all_reached(self._model)  # before the sum, which fills in zeros
+            self._is_first_step = False
+        sum_gradients(self._model.parameters())
+        self.grad_scaler.unscale_(self.optimizer)
+        return gradient_norm(self._model.parameters())
+
+    def check_finite(self, step: int, losses: list[Tensor], grad_norm: Tensor, micro_batches: list[Batch]) -> None:
+        """Stop before a loss or gradient that is not finite reaches the weights; off the CPU, before it is kept.
+
+        Args:
+            losses: the summed loss of each micro-batch.
+        Raises:
+            TrainingError: names the step, the rows and the parameter.
+        """
+        self._guard.add(step, losses, grad_norm, [batch.sources for batch in micro_batches])
+        if self._device.type == "cpu" or step % self._params.log_every_n_steps == 0:
+            self.check_pending()  # elsewhere the host would wait for the device
+
+    def check_pending(self) -> None:
+        """Wait for the device and look at the steps that `check_finite` has put off; nothing is saved before.
+
+        Raises:
+            TrainingError: as `check_finite`.
+        """
+        self._guard.check(self._model)
+
+    def clip_gradients(self, grad_norm: Tensor) -> None:
+        """Scale gradients of norm `grad_norm` down to `clip_grad_norm`."""
+        clip_gradients(self._model.parameters(), self._params.clip_grad_norm, grad_norm)
+
+    def step(self) -> None:
+        """Change the weights, and forget the gradients."""
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint keeps: tensors by parameter name, and what JSON has room for."""
+        tensors, others = optimizer_tensors(self.optimizer, self._names())
+        return tensors, {
+            "warmup_progress": self._lr_schedule.warmup_progress,
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "optimizer": others,
+        }
+
+    def load_state_dict(self, saved: TrainingState) -> None:
+        """Go on from a checkpoint, to the bit.
+
+        Raises:
+            CheckpointError: its optimizer state belongs to other parameters.
+        """
+        tensors = saved.tensors.get("optimizer", {})
+        load_optimizer_tensors(self.optimizer, self._names(), tensors, saved.state["optimizer"])
+        self._lr_schedule.warmup_progress = saved.state["warmup_progress"]
+        self.grad_scaler.load_state_dict(saved.state["grad_scaler"])
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self._model.named_parameters()}
