@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchtune.adapters.config import LoRAConfig
+from torchtune.adapters.config import Init, LoRAConfig
 from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear
 from torchtune.errors import CheckpointError
 from torchtune.modules.decoder import CausalLM
+from torchtune.modules.linear import Conv1D, Embedding
 from torchtune.modules.moe import Experts
+from torchtune.modules.stored import unstored_parameters
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def lies_transposed(model: CausalLM, parameter: str) -> bool:
     module = model.get_submodule(parameter.rpartition(".")[0])
     if isinstance(module, Experts | LoRALinear):
         return module.transposed
-    return isinstance(module, nn.Embedding | LoRAEmbedding) or type(module).__name__ == "Conv1D"
+    return isinstance(module, Embedding | LoRAEmbedding | Conv1D)
 
 
 def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) -> Adapter:
@@ -95,7 +97,8 @@ def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) 
     updates: dict[str, LowRankUpdate] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            a, b = module.lora_A.weight, module.lora_B.weight
+            a: Tensor = module.lora_A.weight
+            b: Tensor = module.lora_B.weight
             if module.initial is not None:
                 a, b = torch.cat((a, module.initial[0].to(a))), torch.cat((b, -module.initial[1].to(b)), dim=1)
             updates[name] = LowRankUpdate(a, b, module.scale, module.lora_magnitude_vector)
@@ -105,43 +108,41 @@ def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) 
             for kind, update in module.updates.items():
                 assert isinstance(update, ExpertsUpdate)
                 updates[f"{name}.{kind}"] = LowRankUpdate(update.lora_A.weight, update.lora_B.weight, update.scale)
-    own = {id(parameter) for _, parameter in own_parameters(model)}
-    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    own = unstored_parameters(model)
+    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in own}
     return Adapter(replace(config, targets=tuple(updates)), updates, whole, base)
 
 
-def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of update layers, without what is trained whole."""
-    kinds = (LoRALinear, LoRAEmbedding, ExpertsUpdate)
-    for path, module in model.named_modules():
-        if isinstance(module, kinds):
-            for name, parameter in module.named_parameters():
-                if name.startswith("lora_"):
-                    yield f"{path}.{name}", parameter
-
-
-def fill(model: CausalLM, adapter: Adapter) -> None:
+def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
     """Give the update layers of `model`, on the device where they are, an adapter's values.
 
+    Args:
+        init: with `pissa` the adapter holds, beside the trained matrices, those that the run began with.
     Raises:
         CheckpointError: a layer without a value, a value without a layer, or other shapes.
     """
     held = adapter_of(model, adapter.config)
     _compare(held.updates, adapter.updates, "no update of", "an update of")
     _compare(held.whole, adapter.whole, "nothing of", "a value of")
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, mine in held.updates.items():
-            theirs = adapter.updates[name]
-            if (mine.magnitude is None) != (theirs.magnitude is None):
-                raise CheckpointError(f"'{name}' has a magnitude (DoRA) in one of the adapter and this run alone")
-            for into, value in ((mine.a, theirs.a), (mine.b, theirs.b), (mine.magnitude, theirs.magnitude)):
-                if into is not None and value is not None:
-                    _check_shape(name, into, value)
-                    into.copy_(value)
-        parameters = dict(model.named_parameters())
-        for name, value in adapter.whole.items():
-            _check_shape(name, parameters[name], value)
-            parameters[name].copy_(value)
+        for name, into in held.updates.items():
+            value = adapter.updates[name]
+            a, b = value.a, value.b
+            if init == "pissa":
+                layer = model.get_submodule(name)
+                assert isinstance(layer, LoRALinear)
+                (a, a_before), (b, b_before) = a.chunk(2), b.chunk(2, dim=1)
+                layer.initial = a_before.to(into.a), -b_before.to(into.b)
+            if (into.magnitude is None) != (value.magnitude is None):
+                raise CheckpointError(
+                    f"'{name}' has a magnitude (DoRA) in one of adapter and run, and not in the other"
+                )
+            for mine, theirs in ((into.a, a), (into.b, b), (into.magnitude, value.magnitude)):
+                if mine is not None and theirs is not None:
+                    _copy(name, mine, theirs)
+        for name, theirs in adapter.whole.items():
+            _copy(name, parameters[name], theirs)
 
 
 def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, an: str) -> None:
@@ -151,8 +152,10 @@ def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, a
         raise CheckpointError(f"the adapter has {an} '{left_over[0]}', which this run does not train")
 
 
-def _check_shape(name: str, into: Tensor, value: Tensor) -> None:
+def _copy(name: str, into: Tensor, value: Tensor) -> None:
     if into.shape != value.shape:
         raise CheckpointError(
-            f"the adapter's '{name}' is {tuple(value.shape)}, and this run's {tuple(into.shape)}: another rank, or another base"
+            f"the adapter's '{name}' is {tuple(value.shape)}, and this run's {tuple(into.shape)}: another rank, or "
+            "another base"
         )
+    into.copy_(value)

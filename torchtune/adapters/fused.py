@@ -142,7 +142,7 @@ class _LoRALinearOfSiluProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, scale: float, *tensors: Any) -> Tensor:
-        product = _rows(F.silu(gate) * up)
+        product = _rows(F.silu(gate).mul_(up))
         (output,), low = adapted_products(_layers([(scale, False)], tensors), product, product)
         ctx.save_for_backward(gate, up, low if ctx.needs_input_grad[6] else None, *tensors)
         ctx.scale = scale
@@ -162,8 +162,8 @@ class _LoRALinearOfSiluProduct(torch.autograd.Function):
         grad_gate = grad_up = None
         if needs_gate or needs_up:
             grad_product = gradient_of_x(layers, grads, grad_low).view(gate.shape)
-            grad_up = grad_product * silu
-            grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+            grad_up = silu.mul_(grad_product)
+            grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
         return grad_gate, grad_up, None, *of_parameters
 
 

@@ -20,7 +20,7 @@ from torchtune.adapters.targets import Targets, find_targets, find_whole
 from torchtune.errors import ConfigError
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.grouped import grouped_linear
-from torchtune.modules.linear import Conv1D, Embedding
+from torchtune.modules.linear import Conv1D, Embedding, Linear
 from torchtune.modules.moe import Experts
 from torchtune.modules.packed import dense
 
@@ -43,23 +43,28 @@ class LoRALinear(nn.Module):
         scale: what the update is multiplied by.
         dropout: share of the update's inputs dropped in training.
         use_dora: rows of W + scale * B A are scaled to the length that `lora_magnitude_vector` [out] says.
+
+    Attributes:
+        initial: A and B at the beginning, where their product was taken out of W (PiSSA).
     """
 
     is_linear = True
     unstored = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     def __init__(
-        self, layer: nn.Module, *, rank: int, scale: float, dropout: float = 0.0, use_dora: bool = False
+        self, layer: Linear | Conv1D, *, rank: int, scale: float, dropout: float = 0.0, use_dora: bool = False
     ) -> None:
         super().__init__()
         self.transposed = isinstance(layer, Conv1D)
-        self.in_features, self.out_features = int(layer.in_features), int(layer.out_features)
-        self.weight, self.bias = layer.weight, layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight: Tensor = layer.weight
+        self.bias: Tensor | None = layer.bias
         self.scale = scale
         with torch.device(self.weight.device):
             self.lora_A, self.lora_B = Factor(rank, self.in_features), Factor(self.out_features, rank)
             self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features)) if use_dora else None
         self.dropout = nn.Dropout(dropout) if dropout else None
+        self.initial: tuple[Tensor, Tensor] | None = None
         self._squared_norms: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,15 +174,14 @@ def apply_lora(model: CausalLM, config: LoRAConfig) -> Targets:
     model.requires_grad_(False)
     for name in targets.linears:
         layer = model.get_submodule(name)
+        assert isinstance(layer, Linear | Conv1D)
         rank, scale = config.rank_of(name), config.scale_of(name)
         made = LoRALinear(layer, rank=rank, scale=scale, dropout=config.dropout, use_dora=config.use_dora)
         model.set_submodule(name, made)
     for name in targets.embeddings:
         embedding = model.get_submodule(name)
         assert isinstance(embedding, Embedding)
-        model.set_submodule(
-            name, LoRAEmbedding(embedding, rank=config.rank_of(name), scale=config.scale_of(name))
-        )
+        model.set_submodule(name, LoRAEmbedding(embedding, rank=config.rank_of(name), scale=config.scale_of(name)))
     for name in targets.experts:
         path, _, kind = name.rpartition(".")
         _adapt_experts(model.get_submodule(path), kind, rank=config.rank_of(name), scale=config.scale_of(name))
@@ -206,7 +210,9 @@ def _check(model: CausalLM, config: LoRAConfig, targets: Targets, whole: Sequenc
             )
         inside = [module for module in whole if name == module or name.startswith(f"{module}.")]
         if inside:
-            raise ConfigError(f"'{inside[0]}' is trained whole, so '{name}' takes no adapter too", key="modules_to_save")
+            raise ConfigError(
+                f"'{inside[0]}' is trained whole, so '{name}' takes no adapter too", key="modules_to_save"
+            )
     for key, pattern in (("lora_rank_pattern", config.rank_pattern), ("lora_alpha_pattern", config.alpha_pattern)):
         for ends, value in pattern.items():
             alone = replace(config, rank_pattern={}, alpha_pattern={ends: math.inf})
@@ -232,4 +238,5 @@ def _sizes(model: CausalLM, name: str) -> tuple[int, int]:
     layer = model.get_submodule(name)
     if isinstance(layer, Embedding):
         return layer.num_embeddings, layer.embedding_dim
-    return int(layer.in_features), int(layer.out_features)
+    assert isinstance(layer, Linear | Conv1D)
+    return layer.in_features, layer.out_features

@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from torchtune.errors import ConfigError, did_you_mean
 from torchtune.modules.attention import Attention
 from torchtune.modules.decoder import CausalLM
@@ -66,7 +64,9 @@ def find_targets(
             "them; train it whole by modules_to_save",
             key=key,
         )
-    in_order = [[name for name in kind if name in found] for kind in (places.linears, places.embeddings, places.experts)]
+    in_order = [
+        [name for name in kind if name in found] for kind in (places.linears, places.embeddings, places.experts)
+    ]
     return Targets(*map(tuple, in_order))
 
 
@@ -138,7 +138,9 @@ def find_whole(model: CausalLM, names: Sequence[str], *, key: str = "modules_to_
     Raises:
         ConfigError: a name that no module with parameters has.
     """
-    modules = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    modules = {
+        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    }
     embedding = next(name for name, module in modules.items() if module is model.model.embed_tokens)
     found: list[str] = []
     for wanted in names:
@@ -173,5 +175,3 @@ def _within(names: set[str], model: CausalLM, layers: list[int]) -> set[str]:
     if not inside:
         raise ConfigError(f"no target lies in the layers {layers}", key="lora_layers")
     return inside
-
-

@@ -122,6 +122,15 @@ def open_weights(folder: Path, named: Path | None = None) -> WeightSource:
     return WeightFiles(_merged_headers(chosen.files))
 
 
+def open_files(files: Sequence[Path]) -> WeightSource:
+    """Files that are known to be one set, an adapter's for instance.
+
+    Raises:
+        CheckpointError: one is cut or damaged.
+    """
+    return WeightFiles(_merged_headers(files))
+
+
 def _chosen(folder: Path, named: Path | None) -> FileSet:
     if named is not None and named.suffix not in (SAFETENSORS, *SUFFIXES):
         raise CheckpointError("is neither a folder nor a file of weights (.safetensors, .gguf, .bin, .pt)", path=named)

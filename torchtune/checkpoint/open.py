@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtune.checkpoint.folder import open_weights
 from torchtune.checkpoint.fp8 import FP8Weights
@@ -26,7 +26,7 @@ from torchtune.checkpoint.meta_params import config_from_params
 from torchtune.checkpoint.mxfp4 import MXFP4Weights
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.stored import fit_layouts, stored_pieces, stored_tensors
+from torchtune.modules.stored import Piece, as_stored, fit_layouts, stored_pieces, stored_tensors
 from torchtune.tokenizers.files import (
     TOKENIZER_FILES,
     has_vocabulary,
@@ -145,7 +145,7 @@ class Checkpoint:
             CheckpointError: tensors missing, left over or of another shape; or tokens without an embedding.
         """
         fit_layouts(model, self.tensors)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in as_stored(model, stored_tensors(model))}
         left_over = set(self.tensors) - set(expected) - self.carried(model)
         problems = [
             f"tensor '{name}' is missing{did_you_mean(name, left_over)}"
@@ -172,12 +172,18 @@ class Checkpoint:
             self._check_vocabulary(tokenizer, model.model.embed_tokens.num_embeddings)
 
     def load_into(
-        self, model: CausalLM, *, device: torch.device | str = "cpu", param_dtype: torch.dtype = torch.float32
+        self,
+        model: CausalLM,
+        *,
+        device: torch.device | str = "cpu",
+        param_dtype: torch.dtype = torch.float32,
+        place: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
         """Give a meta model its parameters, tensor by tensor.
 
         Args:
             param_dtype: the type of the parameters in memory; saved buffers stay float32.
+            place: in its stead, makes of a parameter's name and stored value what the model is to hold.
         Raises:
             CheckpointError: as `check`.
         """
@@ -189,6 +195,10 @@ class Checkpoint:
         for name, tensor in in_order:
             is_parameter = isinstance(tensor, nn.Parameter)
             dtype = param_dtype if is_parameter else torch.float32
+            if is_parameter and place is not None:
+                held = place(name, self.read_parameter(tensor.shape, pieces[name]).to(device))
+                _assign(model, name, nn.Parameter(held, tensor.requires_grad))
+                continue
             # One copy of the weights in memory: a tensor that is stored whole is read into its place.
             if [piece.index for piece in pieces[name]] == [()]:
                 loaded = self.weights.read(pieces[name][0].name).to(device=device, dtype=dtype)
@@ -198,6 +208,15 @@ class Checkpoint:
                     loaded[piece.index].copy_(self.weights.read(piece.name))
             _assign(model, name, nn.Parameter(loaded, tensor.requires_grad) if is_parameter else loaded)
         self.weights.close()
+
+    def read_parameter(self, shape: torch.Size, pieces: Sequence[Piece]) -> Tensor:
+        """What a parameter of this shape and these pieces is in the checkpoint, in its stored type, on the CPU."""
+        if [piece.index for piece in pieces] == [()]:
+            return self.weights.read(pieces[0].name)
+        whole = torch.empty(shape, dtype=self.tensors[pieces[0].name].dtype)
+        for piece in pieces:
+            whole[piece.index].copy_(self.weights.read(piece.name))
+        return whole
 
     def carried(self, model: CausalLM) -> set[str]:
         """The tensors that are not the model's and are written again as they were, where it can be saved so.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchtune.checkpoint.folder import INDEX, SINGLE
 from torchtune.checkpoint.open import TIED_HEADS, Checkpoint
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.stored import as_stored, stored_pieces, stored_tensors
+from torchtune.modules.stored import stored_pieces, stored_tensors
 
 MAX_SHARD_BYTES = 5 * 10**9
 # Weights in any form, and what belongs to a run of ours; everything else of a folder is carried over.
@@ -31,6 +31,8 @@ def save_model(
     checkpoint: Checkpoint,
     *,
     max_shard_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+    values: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Write a model into `folder` as the checkpoint that it came from.
 
@@ -42,36 +44,55 @@ def save_model(
         model: its parameters may have any float type, on any device.
         max_shard_bytes: bytes of a file at most; beyond it there are shards and an index. By default those of the
             source's largest shard, or 5 GB where it is one file.
+        dtype: the type of all floats, in place of the source's.
+        values: makes of a parameter's name and what the model holds what is written, before it is cast: merged
+            adapters. One is made at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(
-        folder, _as_in_source(model, checkpoint), max_shard_bytes or _shard_bytes(checkpoint) or MAX_SHARD_BYTES
+        folder,
+        _as_in_source(model, checkpoint, dtype, values),
+        max_shard_bytes or _shard_bytes(checkpoint) or MAX_SHARD_BYTES,
     )
-    _write_json(folder / "config.json", _honest_config(checkpoint))
+    _write_json(folder / "config.json", _honest_config(checkpoint, dtype))
+    save_text_files(folder, checkpoint)
+    if checkpoint.path.is_dir():
+        _carry_over(checkpoint.path, folder)
+
+
+def save_text_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the tokenizer, the chat template and the generation config."""
     if checkpoint.generation_config is not None:
         _write_json(folder / "generation_config.json", checkpoint.generation_config)
     for name, content in checkpoint.files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(content)
-    if checkpoint.path.is_dir():
-        _carry_over(checkpoint.path, folder)
 
 
-def _as_in_source(model: CausalLM, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _as_in_source(
+    model: CausalLM,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    values: Callable[[str, Tensor], Tensor] | None,
+) -> Iterator[tuple[str, Tensor]]:
     carried = checkpoint.carried(model)
-    embedding = stored_pieces(model)[model.vocabulary_parameters[0]][0].name
-    for name, tensor in as_stored(model, stored_tensors(model)):
-        dtype = checkpoint.tensors[name].dtype
-        saved = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        yield name, saved
-        if name == embedding and model.is_tied:
-            for head in sorted(carried):
-                if head.endswith(TIED_HEADS):
-                    yield head, saved.clone()
+    pieces = stored_pieces(model)
+    embedding = pieces[model.vocabulary_parameters[0]][0].name
+    for own_name, held in stored_tensors(model).items():
+        tensor = held.detach() if values is None else values(own_name, held)
+        for piece in pieces[own_name]:
+            name, part = piece.name, tensor[piece.index] if piece.index else tensor
+            saved = part.to(device="cpu", dtype=dtype or checkpoint.tensors[name].dtype).contiguous()
+            yield name, saved
+            if name == embedding and model.is_tied:
+                for head in sorted(carried):
+                    if head.endswith(TIED_HEADS):
+                        yield head, saved.clone()
     for name in sorted(carried):
         if not (model.is_tied and name.endswith(TIED_HEADS)):
-            yield name, checkpoint.weights.read(name)
+            tensor = checkpoint.weights.read(name)
+            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _shard_bytes(checkpoint: Checkpoint) -> int | None:
@@ -113,7 +134,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_byte
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _honest_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _honest_config(checkpoint: Checkpoint, dtype: torch.dtype | None) -> dict[str, Any]:
     """The source's config; its dtype key, under the spelling it has, says what the file holds.
 
     Weights that were quantised in the source (MXFP4) are not in what is saved, so the config doesn't say it either.
@@ -121,7 +142,7 @@ def _honest_config(checkpoint: Checkpoint) -> dict[str, Any]:
     config = dict(checkpoint.config)
     if config.get("quantization_config"):
         del config["quantization_config"]
-    held = checkpoint.held_dtype
+    held = dtype or checkpoint.held_dtype
     for key in ("dtype", "torch_dtype"):
         if config.get(key) is not None and str(config[key]).removeprefix("torch.") != str(held).removeprefix("torch."):
             config[key] = str(held).removeprefix("torch.")

@@ -35,6 +35,7 @@ VISION_PREFIXES = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
 )
+VISION_NAMES = {"model.": "model.language_model."}
 VISION = (r"(^|\.)vision_tower\.", r"(^|\.)multi_modal_projector\.")
 
 
@@ -44,7 +45,9 @@ def build(values: Mapping[str, Any]) -> CausalLM:
         return _text_model(values)
     text = {**(values.get("text_config") or {}), "tie_word_embeddings": values.get("tie_word_embeddings", True)}
     # transformers caps the logits of the text model alone.
-    return _text_model({**text, "final_logit_softcapping": None}, prefix_choices=VISION_PREFIXES, carried=VISION)
+    model = _text_model({**text, "final_logit_softcapping": None}, prefix_choices=VISION_PREFIXES, carried=VISION)
+    model.names_in_transformers = VISION_NAMES
+    return model
 
 
 def _text_model(values: Mapping[str, Any], **options: Any) -> CausalLM:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtune.errors import UnsupportedError
 from torchtune.models import ministral, ministral3, mistral
-from torchtune.models.gemma3 import VISION, VISION_PREFIXES
+from torchtune.models.gemma3 import VISION, VISION_NAMES, VISION_PREFIXES
 from torchtune.modules.decoder import CausalLM
 
 COVERS = "Mistral Small 3.1, 3.2; Ministral 3 (the text part)"
@@ -31,4 +31,7 @@ def build(values: Mapping[str, Any]) -> CausalLM:
         )
     # The first of the two that says whether the head is tied is right; published ones that don't have a head.
     tied = values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return TEXT[model_type].build({**text, "tie_word_embeddings": tied}, prefix_choices=VISION_PREFIXES, carried=VISION)
+    values = {**text, "tie_word_embeddings": tied}
+    model = TEXT[model_type].build(values, prefix_choices=VISION_PREFIXES, carried=VISION)
+    model.names_in_transformers = VISION_NAMES
+    return model

@@ -46,4 +46,6 @@ def build(values: Mapping[str, Any]) -> CausalLM:
             **norms_from(config, "input_layernorm", "post_attention_layernorm"),
         )
 
-    return decoder_from(config, layer, rotary_from(config), names=NAMES, router_loss=router_loss_from(config))
+    model = decoder_from(config, layer, rotary_from(config), names=NAMES, router_loss=router_loss_from(config))
+    model.names_in_transformers = {".block_sparse_moe": ".mlp"}
+    return model

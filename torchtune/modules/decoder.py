@@ -134,6 +134,8 @@ class CausalLM(Block):
     Attributes:
         compute_dtype: the type that activations are computed in; None means the parameters'.
         stored_prefixes: the one of `prefix_choices` that is used.
+        names_in_transformers: parts of names in this model, and what they are in transformers' memory, where that
+            is not what its checkpoints say: adapters have those.
     """
 
     def __init__(
@@ -160,6 +162,7 @@ class CausalLM(Block):
         self.router_loss = router_loss
         self.prefix_choices, self.carried = tuple(prefix_choices), tuple(carried)
         self.stored_prefixes: Mapping[str, str] = self.prefix_choices[0] if prefix_choices else {}
+        self.names_in_transformers: Mapping[str, str] = {}
         self.register_state_dict_post_hook(_rename_to_stored)
         self.register_load_state_dict_pre_hook(_rename_from_stored)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,9 +81,9 @@ def linear_of_silu_product(down: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     if not has_hooks(down):
         if type(down) is Linear and down.bias is None:
             return _SiluProductLinear.apply(gate, up, down.weight)
-        if hasattr(down, "of_silu_product"):
-            fused: Tensor = down.of_silu_product(gate, up)
-            return fused
+        of_silu_product: Callable[[Tensor, Tensor], Tensor] | None = getattr(down, "of_silu_product", None)
+        if of_silu_product is not None:
+            return of_silu_product(gate, up)
     return down(silu_product(gate, up))
 
 

@@ -65,10 +65,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden = ctx.needs_input_grad[0] and hidden.requires_grad
         needs_weight = ctx.needs_input_grad[1] and weight.requires_grad
         needs_bias = bias is not None and ctx.needs_input_grad[2] and bias.requires_grad
-        needs_low = low is not None and ctx.needs_input_grad[3] and low.requires_grad
-        needs_up = up is not None and ctx.needs_input_grad[4] and up.requires_grad
-        grad_low = torch.empty_like(low) if needs_low else None
-        grad_up = torch.zeros(up.shape, dtype=wide, device=up.device) if needs_up and up is not None else None
+        needs_low = ctx.needs_input_grad[3] and low is not None and low.requires_grad
+        needs_up = ctx.needs_input_grad[4] and up is not None and up.requires_grad
+        grad_low = torch.empty_like(low) if low is not None and needs_low else None
+        grad_up = torch.zeros(up.shape, dtype=wide, device=up.device) if up is not None and needs_up else None
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs_bias else None

@@ -1,0 +1,232 @@
+"""Reading an adapter folder as PEFT and others write it: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtune.adapters.adapter import Adapter, LowRankUpdate
+from torchtune.adapters.config import LoRAConfig
+from torchtune.checkpoint.folder import open_files
+from torchtune.checkpoint.headers import WeightSource, read_json
+from torchtune.checkpoint.hub import resolve
+from torchtune.checkpoint.peft_names import CONFIG, PREFIX, WEIGHTS, PeftNames, most_common
+from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
+from torchtune.modules.decoder import CausalLM
+from torchtune.modules.moe import Experts
+
+PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
+# Keys of adapter_config.json with which the adapter computes otherwise than here, and the values that are no such.
+UNSUPPORTED = {
+    "bias": (None, "none"),
+    "lora_bias": (None, False),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (None, False),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+}
+PART = re.compile(
+    r"\.(lora_A|lora_B)(\.\w+)?\.weight$|\.(lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.\w+)?$"
+)
+
+
+def read_adapter(source: str | Path, model: CausalLM) -> Adapter:
+    """A PEFT adapter for `model`, which may be on the meta device.
+
+    Args:
+        source: the folder, or a hub id.
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter is not for this model; names what does not fit.
+        UnsupportedError: a kind of adapter that is not LoRA, or an option that changes what it computes.
+    """
+    folder = resolve(str(source))
+    config = read_adapter_config(folder)
+    tensors = _read_tensors(folder)
+    try:
+        return _Reader(model, config).adapter(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(error.problem, path=folder) from error
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json, once it is known that the adapter can be read.
+
+    Raises:
+        CheckpointError, UnsupportedError: as `read_adapter`.
+    """
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"has no {CONFIG}, so it is no adapter", path=folder)
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("peft_type")) not in ("LORA", None):
+        raise UnsupportedError(f"{folder}: an adapter of the kind '{kind}'; LoRA and DoRA can be read")
+    for key, harmless in UNSUPPORTED.items():
+        if config.get(key) not in harmless:
+            raise UnsupportedError(f"{folder / CONFIG}: {key}={config[key]} is not supported")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if found is None:
+        raise CheckpointError(f"has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", path=folder)
+    source: WeightSource = open_files([found])
+    try:
+        return {name: source.read(name) for name in source.headers}
+    finally:
+        source.close()
+
+
+class _Reader(PeftNames):
+    def __init__(self, model: CausalLM, config: Mapping[str, Any]) -> None:
+        super().__init__(model)
+        self.given = config
+        # vLLM's and others' spellings: numbers as text, keys left out (PEFT's defaults then).
+        self.rank = int(self._number("r", PEFT_DEFAULTS["r"]))
+        self.alpha = self._number("lora_alpha", PEFT_DEFAULTS["lora_alpha"])
+
+    def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        parts: dict[str, dict[str, Tensor]] = {}
+        whole: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX)
+            if match := PART.search(name):
+                parts.setdefault(name[: match.start()], {})[match[1] or match[3]] = tensor
+            elif ".base_layer." not in f".{name}":  # PEFT's copies of an adapted embedding or head
+                whole[name.replace(".modules_to_save", "")] = tensor
+        config = self._config()
+        updates = {}
+        for theirs, found in parts.items():
+            name = self._layer(theirs, found)
+            updates[name] = self._update(name, theirs, found, config)
+        if not updates and not whole:
+            raise CheckpointError("holds no tensor of an adapter")
+        adapter = Adapter(config, updates, self._whole(whole), self.given.get("base_model_name_or_path"))
+        return self._with_exact_names(adapter)
+
+    def _config(self) -> LoRAConfig:
+        ranks = {key: int(value) for key, value in (self.given.get("rank_pattern") or {}).items()}
+        alphas = {key: float(value) for key, value in (self.given.get("alpha_pattern") or {}).items()}
+        return LoRAConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self._number("lora_dropout", 0.0),
+            use_rslora=bool(self.given.get("use_rslora")),
+            use_dora=bool(self.given.get("use_dora")),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+        )
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.given.get(key)
+        try:
+            return default if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{CONFIG}: {key}: '{value}' is no number") from error
+
+    def _layer(self, theirs: str, found: Mapping[str, Tensor]) -> str:
+        """The name in our model of the layer that these tensors belong to."""
+        path = theirs.removesuffix(".base_layer")
+        name = self.ours.get(path)
+        if name is not None and name in self.experts:
+            return f"{name}.{self._kind_of_experts(name, found)}"
+        if name is None or name not in self.adaptable:
+            tied = " (its head is tied to the embedding)" if self.model.is_tied and path == self.head else ""
+            known = [self.theirs[n] for n in self.adaptable]
+            raise CheckpointError(
+                f"is an adapter for another base: it has an update of '{path}', and this model{tied} no such layer"
+                f"{did_you_mean(path, known)}"
+            )
+        return name
+
+    def _kind_of_experts(self, name: str, found: Mapping[str, Tensor]) -> str:
+        experts = self.modules[name]
+        assert isinstance(experts, Experts)
+        # PEFT wraps one parameter in another; which is which is seen by their shapes.
+        for kind in ("gate_up_proj", "down_proj"):
+            in_features, out_features = experts.sizes_of(kind)
+            if (found["lora_A"].shape[1], found["lora_B"].shape[0]) == (in_features, out_features):
+                return kind
+        raise CheckpointError(f"has an update of '{name}' of other sizes than this model's experts: another base")
+
+    def _update(self, name: str, theirs: str, found: Mapping[str, Tensor], config: LoRAConfig) -> LowRankUpdate:
+        pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in found else ("lora_A", "lora_B")
+        if missing := [part for part in pair if part not in found]:
+            raise CheckpointError(f"'{theirs}.{missing[0]}' is missing")
+        a, b = (found[part] for part in pair)
+        path, _, kind = name.rpartition(".")
+        if path in self.experts:
+            experts = self.modules[path]
+            assert isinstance(experts, Experts)
+            in_features, out_features = experts.sizes_of(kind)
+            rank = a.shape[0] // experts.num_experts
+            if a.shape[0] % experts.num_experts or b.shape[1] != a.shape[0]:
+                raise CheckpointError(f"has an update of '{name}' for another number of experts: another base")
+            a = a.unflatten(0, (experts.num_experts, rank))  # [E, r, in]
+            b = b.unflatten(1, (rank, experts.num_experts)).permute(2, 0, 1).contiguous()  # [E, out, r]
+        elif name == self.embedding:
+            in_features, out_features = self.model.model.embed_tokens.weight.shape
+        else:
+            in_features, out_features = self.modules[name].in_features, self.modules[name].out_features
+        if (a.shape[-1], b.shape[-2]) != (in_features, out_features) or a.shape[-2] != b.shape[-1]:
+            raise CheckpointError(
+                f"is an adapter for another base: its '{theirs}' is {b.shape[-2]} x {a.shape[-1]} of rank "
+                f"{a.shape[-2]}, this model's {out_features} x {in_features}"
+            )
+        key = self.of_update(name)
+        if config.rank_of(key) != a.shape[-2]:
+            raise CheckpointError(
+                f"'{theirs}' has rank {a.shape[-2]} in {WEIGHTS[0]}, and {CONFIG} says {config.rank_of(key)}"
+            )
+        return LowRankUpdate(a, b, config.scale_of(key), found.get("lora_magnitude_vector"))
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole: dict[str, Tensor] = {}
+        for theirs, tensor in tensors.items():
+            is_tied_head = self.model.is_tied and theirs == f"{self.head}.weight"
+            name = f"{self.embedding}.weight" if is_tied_head else self.ours.get(theirs)
+            if name is None or name not in self.stored:
+                raise CheckpointError(
+                    f"is an adapter for another base: it has '{theirs}', and this model no such tensor"
+                    f"{did_you_mean(theirs, [self.theirs[n] for n in self.stored])}"
+                )
+            if self.stored[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"is an adapter for another base: its '{theirs}' is {tuple(tensor.shape)}, this model's "
+                    f"{tuple(self.stored[name].shape)}"
+                )
+            if name in whole and not torch.equal(whole[name], tensor):
+                raise CheckpointError(
+                    f"has an embedding and a head that differ ('{theirs}'), and this model's are one; set "
+                    "tie_word_embeddings to false in the base's config.json, with a head of its own"
+                )
+            whole[name] = tensor
+        return whole
+
+    def _with_exact_names(self, adapter: Adapter) -> Adapter:
+        """The config by our names: one pattern a layer that is not as most are."""
+        alphas = {name: adapter.config.alpha_of(self.of_update(name)) for name in adapter.updates}
+        ranks = {name: update.rank for name, update in adapter.updates.items()}
+        rank, alpha = most_common(ranks.values(), self.rank), most_common(alphas.values(), self.alpha)
+        modules = {name.removesuffix(".weight").removesuffix(".bias") for name in adapter.whole}
+        adapter.config = LoRAConfig(
+            rank=rank,
+            alpha=alpha,
+            dropout=adapter.config.dropout,
+            targets=tuple(adapter.updates),
+            use_rslora=adapter.config.use_rslora,
+            use_dora=adapter.config.use_dora,
+            rank_pattern={re.escape(name): value for name, value in ranks.items() if value != rank},
+            alpha_pattern={re.escape(name): value for name, value in alphas.items() if value != alpha},
+            modules_to_save=tuple(sorted(modules)),
+        )
+        return adapter

@@ -1,0 +1,117 @@
+"""Writing an adapter as PEFT does, so that PEFT, vLLM and llama.cpp read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchtune.adapters.adapter import Adapter
+from torchtune.adapters.lora import LoRALinear
+from torchtune.adapters.targets import ends_with
+from torchtune.checkpoint.peft_names import CONFIG, PREFIX, WEIGHTS, PeftNames, most_common
+from torchtune.modules.decoder import CausalLM
+from torchtune.modules.linear import Conv1D
+
+
+def save_adapter(folder: Path, adapter: Adapter, model: CausalLM) -> None:
+    """Write an adapter; `model` is what it belongs to, and tells how its layers are called."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(model, adapter)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in writer.tensors().items()}
+    save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
+    text = json.dumps(writer.config(), indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+class _Writer(PeftNames):
+    def __init__(self, model: CausalLM, adapter: Adapter) -> None:
+        super().__init__(model)
+        self.adapter = adapter
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, update in self.adapter.updates.items():
+            path, _, kind = name.rpartition(".")
+            if path in self.experts:
+                # PEFT wraps one parameter after the other; the second is the outer one.
+                inner = kind == "gate_up_proj" and f"{path}.down_proj" in self.adapter.updates
+                place = f"{PREFIX}{self.theirs[path]}{'.base_layer' if inner else ''}"
+                tensors[f"{place}.lora_A.weight"] = update.a.flatten(0, 1)  # [E r, in]
+                tensors[f"{place}.lora_B.weight"] = update.b.permute(1, 2, 0).flatten(1)  # [out, r E]
+                continue
+            place = PREFIX + self.theirs[name]
+            is_embedding = name == self.embedding
+            a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+            tensors[f"{place}.{a}"], tensors[f"{place}.{b}"] = update.a, update.b
+            if update.magnitude is not None:
+                tensors[f"{place}.lora_magnitude_vector"] = update.magnitude
+        for name, tensor in self.adapter.whole.items():
+            tensors[PREFIX + self.theirs[name]] = tensor
+            if self.model.is_tied and name == f"{self.embedding}.weight":
+                # PEFT trains and loads the two apart, and each must be what ours is.
+                tensors[f"{PREFIX}{self.head}.weight"] = tensor.clone()
+        return tensors
+
+    def config(self) -> dict[str, Any]:
+        config, updates = self.adapter.config, self.adapter.updates
+        power = 0.5 if config.use_rslora else 1.0
+        ranks = {self.of_update(name): update.rank for name, update in updates.items()}
+        alphas = {self.of_update(name): _plain(update.scale * update.rank**power) for name, update in updates.items()}
+        rank, alpha = most_common(ranks.values(), config.rank), most_common(alphas.values(), config.alpha)
+        parameters = [self.of_update(name) for name in updates if name not in self.modules]
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.adapter.base,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": config.dropout,
+            "target_modules": self._target_modules(),
+            "target_parameters": sorted({".".join(name.split(".")[-3:]) for name in parameters}) or None,
+            "modules_to_save": self._modules_to_save(),
+            "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+            "use_rslora": config.use_rslora,
+            "use_dora": config.use_dora,
+            "fan_in_fan_out": any(self._lies_transposed(name) for name in updates),
+            "bias": "none",
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+    def _target_modules(self) -> list[str]:
+        adapted = [self.theirs[name] for name in self.adapter.updates if name in self.modules]
+        return self._shortest(adapted, [self.theirs[name] for name in self.adaptable], ends_with)
+
+    def _modules_to_save(self) -> list[str] | None:
+        modules = {self.theirs[name.rpartition(".")[0]] for name in self.adapter.whole}
+        if self.model.is_tied and self.theirs[self.embedding] in modules:
+            modules.add(self.head)
+        names = [name for name in self.theirs.values() if name not in self.stored]
+        # PEFT compares without a dot here: `norm` would be `input_layernorm` too.
+        return self._shortest(sorted(modules), [*names, self.head], str.endswith) or None
+
+    def _shortest(self, chosen: Sequence[str], known: Sequence[str], fits: Callable[[str, str], bool]) -> list[str]:
+        """The last parts of the chosen names where they name these and no others, else the whole names."""
+        last = sorted({name.rpartition(".")[2] for name in chosen})
+        # Beside the text part of a larger model stand other layers of the same last names.
+        if {name for name in known if any(fits(name, end) for end in last)} == set(chosen) and not self.model.carried:
+            return last
+        return list(chosen)
+
+    def _lies_transposed(self, name: str) -> bool:
+        layer = self.modules.get(name)
+        return layer.transposed if isinstance(layer, LoRALinear) else isinstance(layer, Conv1D)
+
+
+def _plain(value: float) -> float | int:
+    """A number as people write it: 32 and not 32.00000000000001."""
+    rounded = round(value, 9)
+    return int(rounded) if rounded == math.floor(rounded) else rounded
