@@ -10,7 +10,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from tests.recipes.conftest import ROWS, metrics_of
 from tests.recipes.test_kill_and_resume import finish
-from tests.tiny_checkpoint import save_tiny_checkpoint
+from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 
 SGD = ("optimizer=torch.optim.SGD", "optimizer.lr=0.1")
 
@@ -141,3 +141,13 @@ def test_case_c058_c061_two_ranks_save_what_the_source_held(tmp_path, dtype):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.timeout(120)
+def test_case_c086_a_rank_without_a_trained_token_is_no_error(tmp_path):
+    """One row for two ranks: the head of the other, which is not tied, gets no gradient there, and none is missed."""
+    source = save_tiny_checkpoint(tmp_path / "source", tiny_config(tie_word_embeddings=False))
+    row = tmp_path / "one.jsonl"
+    row.write_text(ROWS.read_text().partition("\n")[0])
+    done = finish([a.replace(str(ROWS), str(row)) for a in command(source, tmp_path / "out", "max_steps=1", ranks=2)])
+    assert done.returncode == 0, done.stderr

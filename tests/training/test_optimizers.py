@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from torchtune.errors import ConfigError
-from torchtune.training.optimizers import ParamGroup, StochasticRounding, build_param_groups, freeze
+from torchtune.training.lr_schedulers import LRSchedule
+from torchtune.training.optimizers import (
+    ParamGroup,
+    StochasticRounding,
+    build_optimizer,
+    build_param_groups,
+    freeze,
+)
 from torchtune.training.precision import stochastic_round_
 
 
@@ -27,6 +34,36 @@ def test_a_pattern_gives_its_own_rate():
     net = model()
     groups = build_param_groups(net, [ParamGroup(r"^0\.", {"lr": 0.5})], weight_decay=None)
     assert [(group.get("lr"), len(group["params"])) for group in groups] == [(0.5, 2), (None, 4)]
+
+
+def test_what_the_user_gives_wins_over_what_the_method_asks_for():
+    """Value by value; a rate of the user's is taken as it stands, without the method's ratio."""
+    net = model()
+    method = [ParamGroup("weight", {"lr_ratio": 16.0, "weight_decay": 0.1})]
+    wished = [ParamGroup(r"^0\.", {"lr": 0.5}), ParamGroup(r"^2\.", {"weight_decay": 0.2})]
+    groups = build_param_groups(net, wished, weight_decay=None, defaults=method)
+    values = {id(p): {k: v for k, v in group.items() if k != "params"} for group in groups for p in group["params"]}
+    assert values[id(net[0].weight)] == {"lr": 0.5, "weight_decay": 0.1}
+    assert values[id(net[1].weight)] == {"lr_ratio": 16.0, "weight_decay": 0.1}
+    assert values[id(net[2].weight)] == {"lr_ratio": 16.0, "weight_decay": 0.2}
+    assert values[id(net[1].bias)] == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ratio_multiplies_the_optimizers_own_rate(dtype):
+    """Also where the rate is the optimizer's default, and in every step: plain SGD moves by rate x gradient."""
+    net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).to(dtype)
+    ratio = [ParamGroup(r"^1\.", {"lr_ratio": 16.0})]
+    optimizer = build_optimizer(net, torch.optim.SGD, [], weight_decay=None, defaults=ratio)  # its rate is 1e-3
+    schedule = LRSchedule(optimizer, name="constant", num_warmup_steps=2, min_lr_ratio=0.0)
+    for step, expected in ((1, 0.5), (2, 1.0), (3, 1.0)):
+        assert schedule.set_lr(step, step / 3) == pytest.approx(expected * 1e-3)
+        for parameter in net.parameters():
+            nn.init.zeros_(parameter)
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved = [-parameter.item() / 1e-3 for parameter in net.parameters()]
+        assert moved == pytest.approx([expected, 16 * expected], rel=2**-7)
 
 
 def test_patterns_that_match_nothing_or_twice_are_refused():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from torchtune.distributed.process_group import sum_over_ranks, world_size
 from torchtune.errors import TrainingError
 
 MAX_ROWS_NAMED = 20
@@ -27,17 +28,21 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, n
 
 
 def check_all_reached(model: nn.Module) -> None:
-    """After a backward pass: every parameter that is trained has a gradient. Nobody waits for the device.
+    """After a backward pass: every parameter that is trained has a gradient, on one rank at least.
 
     A gradient of zeros counts: a part that no token went through got one. None at all says that autograd
-    never came there, as with activation checkpointing of the reentrant kind over frozen embeddings; such
-    a run would go on, and train half of what it says.
+    never came there, as with reentrant activation checkpointing over frozen embeddings; such a run would go
+    on, and train half of what it says. Ranks are asked together, since one without a trained token has no
+    gradient of its head.
 
     Raises:
-        TrainingError: names the first parameters without.
+        TrainingError: names the first parameters without; on all ranks.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    missed = [name for name, parameter in trained if parameter.grad is None]
+    reached = [parameter.grad is not None for _, parameter in trained]
+    if world_size() > 1:
+        reached = sum_over_ranks(torch.tensor(reached, dtype=torch.int32, device=trained[0][1].device)).tolist()
+    missed = [name for (name, _), count in zip(trained, reached, strict=True) if not count]
     if missed:
         more = f" and {len(missed) - MAX_PARAMETERS_NAMED} more" if len(missed) > MAX_PARAMETERS_NAMED else ""
         raise TrainingError(
