@@ -116,6 +116,8 @@ def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) 
 def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
     """Give the update layers of `model`, on the device where they are, an adapter's values.
 
+    What it trains whole is compared, and set where the base's weights are read (`BaseWeights`).
+
     Args:
         init: with `pissa` the adapter holds, beside the trained matrices, those that the run began with.
     Raises:
@@ -124,7 +126,6 @@ def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
     held = adapter_of(model, adapter.config)
     _compare(held.updates, adapter.updates, "no update of", "an update of")
     _compare(held.whole, adapter.whole, "nothing of", "a value of")
-    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, into in held.updates.items():
             value = adapter.updates[name]
@@ -141,8 +142,6 @@ def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
             for mine, theirs in ((into.a, a), (into.b, b), (into.magnitude, value.magnitude)):
                 if mine is not None and theirs is not None:
                     _copy(name, mine, theirs)
-        for name, theirs in adapter.whole.items():
-            _copy(name, parameters[name], theirs)
 
 
 def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, an: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class BaseWeights:
         frozen: adapters that the run stands on, in order.
         pack: quantises a weight; None leaves all dense.
         packable: names of the parameters to quantise.
+        whole: values of weights that are trained whole, where a file has them already.
         fresh: how A and B begin; None where they were filled from a file.
     """
 
@@ -42,19 +43,20 @@ class BaseWeights:
         frozen: Sequence[Adapter] = (),
         pack: Pack | None = None,
         packable: Collection[str] = (),
+        whole: Mapping[str, Tensor] | None = None,
         fresh: Init | None = None,
     ) -> None:
         self._model, self._frozen = model, tuple(frozen)
         self._dtype, self._trained_dtype = dtype, trained_dtype
         self._pack, self._packable = pack, frozenset(packable)
-        self._fresh = fresh
+        self._whole, self._fresh = whole or {}, fresh
         self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     @torch.no_grad()
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         weight = self.stacked(name, weight)
         if name in self._trained:
-            return weight.to(self._trained_dtype)
+            return self._whole.get(name, weight).to(weight.device, self._trained_dtype)
         packs = self._pack is not None and name in self._packable
         layer = self._model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, LoRALinear) and name.endswith(".weight"):

@@ -49,7 +49,7 @@ def lora_linear(
     Returns:
         [..., out], in x's type.
     Raises:
-        ValueError: the weight is not frozen.
+        ValueError: the weight is not frozen, or one of A and B is missing.
     """
     return _apply(x, adapter_input, [Adapted(weight, bias, lora_a, lora_b, scale, transposed)])[0]
 
@@ -60,7 +60,7 @@ def lora_linears(x: Tensor, adapted: Sequence[Adapted]) -> tuple[Tensor, ...]:
     For queries, keys and values, or gate and up. Ranks and scales may differ.
 
     Raises:
-        ValueError: a weight is not frozen.
+        ValueError: as of `lora_linear`.
     """
     return _apply(x, None, adapted)
 
@@ -77,16 +77,16 @@ def lora_linear_of_silu_product(
     """`lora_linear` of silu(gate) * up. Kept are gate and up [..., in], and the product with A, [T, r].
 
     Raises:
-        ValueError: the weight is not frozen.
+        ValueError: as of `lora_linear`.
     """
-    _refuse_trained(weight)
+    _check(weight, lora_a, lora_b)
     output: Tensor = _LoRALinearOfSiluProduct.apply(gate, up, scale, weight, bias, lora_a, lora_b)
     return output
 
 
 def _apply(x: Tensor, adapter_input: Tensor | None, adapted: Sequence[Adapted]) -> tuple[Tensor, ...]:
     for layer in adapted:
-        _refuse_trained(layer.weight)
+        _check(layer.weight, layer.lora_a, layer.lora_b)
     # Autograd sees only tensors that are arguments of their own.
     tensors = [tensor for layer in adapted for tensor in layer[:4]]
     settings = tuple((layer.scale, layer.transposed) for layer in adapted)
@@ -94,12 +94,15 @@ def _apply(x: Tensor, adapter_input: Tensor | None, adapted: Sequence[Adapted]) 
     return outputs
 
 
-def _refuse_trained(weight: Tensor) -> None:
+def _check(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None:
     if weight.requires_grad:
         raise ValueError(
             "the weight under a low-rank update must be frozen, for no gradient of it is computed; "
             "call weight.requires_grad_(False), or train the layer without an update"
         )
+    if (lora_a is None) != (lora_b is None):
+        given, absent = ("lora_b", "lora_a") if lora_a is None else ("lora_a", "lora_b")
+        raise ValueError(f"{given} is given and {absent} is None; an update needs both")
 
 
 class _LoRALinears(torch.autograd.Function):

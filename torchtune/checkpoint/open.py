@@ -218,6 +218,11 @@ class Checkpoint:
             whole[piece.index].copy_(self.weights.read(piece.name))
         return whole
 
+    def reader(self, model: CausalLM) -> Callable[[str], Tensor]:
+        """Reads a parameter of `model`, by its name there, as `read_parameter` does."""
+        pieces = stored_pieces(model)
+        return lambda name: self.read_parameter(model.get_parameter(name).shape, pieces[name])
+
     def carried(self, model: CausalLM) -> set[str]:
         """The tensors that are not the model's and are written again as they were, where it can be saved so.
 
@@ -304,7 +309,7 @@ def open_tokenizer_files(source: str | Path) -> dict[str, bytes]:
     """
     path = resolve(str(source), weights=False)
     folder = path if path.is_dir() else path.parent
-    files = _text_files(folder)
+    files = text_files(folder)
     if path.is_file():
         files = {name: content for name, content in files.items() if not is_vocabulary(name)}
         name = {".model": "tokenizer.model", ".tiktoken": path.name}.get(path.suffix, "tokenizer.json")
@@ -340,10 +345,11 @@ def _open_folder(source: str, path: Path, with_weights: bool) -> Checkpoint:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else None
     weights = in_hugging_face_layout(stored, config)
-    return Checkpoint(source, folder, config, generation_config, _text_files(folder), weights)
+    return Checkpoint(source, folder, config, generation_config, text_files(folder), weights)
 
 
-def _text_files(folder: Path) -> dict[str, bytes]:
+def text_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's tokenizer and chat template, by name."""
     names = [
         name for name in (*TOKENIZER_FILES, "chat_template.json", "chat_template.jinja") if (folder / name).exists()
     ]

@@ -101,8 +101,10 @@ class _Writer(PeftNames):
     def _shortest(self, chosen: Sequence[str], known: Sequence[str], fits: Callable[[str, str], bool]) -> list[str]:
         """The last parts of the chosen names where they name these and no others, else the whole names."""
         last = sorted({name.rpartition(".")[2] for name in chosen})
-        # Beside the text part of a larger model stand other layers of the same last names.
-        if {name for name in known if any(fits(name, end) for end in last)} == set(chosen) and not self.model.carried:
+        # Beside the text part of a larger model stand other layers of the same last names; and where there are
+        # experts PEFT takes `gate_proj` for theirs too.
+        others = self.model.carried or self.experts
+        if {name for name in known if any(fits(name, end) for end in last)} == set(chosen) and not others:
             return last
         return list(chosen)
 

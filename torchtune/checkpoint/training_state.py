@@ -61,6 +61,12 @@ def load_training_state(step_folder: Path) -> TrainingState:
     return TrainingState({file.stem: load_file(file) for file in files}, read_json(folder / STATE))
 
 
+def run_params(step_folder: Path) -> dict[str, Any]:
+    """The params of the run that wrote a checkpoint, as far as they decide what comes out; nothing without them."""
+    state = step_folder / FOLDER / STATE
+    return dict(read_json(state).get("params", {})) if state.exists() else {}
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from torchtune.checkpoint.open import open_tokenizer_files
+from torchtune.checkpoint.open import Checkpoint, open_tokenizer_files
 from torchtune.data.files.find import check_paths
 from torchtune.errors import ConfigError, Problem, TuneError
 from torchtune.models.build import build_model
+from torchtune.modules.decoder import CausalLM
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
@@ -37,11 +38,15 @@ class _Problems(list[Problem]):
             raise ConfigError(self)
 
 
-def check_finetune(params: FinetuneParams, recipe: str) -> None:
+def check_finetune(
+    params: FinetuneParams, recipe: str, *, adapt: Callable[[Checkpoint, CausalLM], object] | None = None
+) -> None:
     """Compare params with the checkpoint's headers, the data's paths, the device and the output folder.
 
     No weight is read and nothing is written.
 
+    Args:
+        adapt: what the recipe does with the model on the meta device; what it raises is a problem too.
     Raises:
         ConfigError: all problems at once.
     """
@@ -53,7 +58,7 @@ def check_finetune(params: FinetuneParams, recipe: str) -> None:
     if params.tokenizer is not None:
         problems.attempt("tokenizer", partial(open_tokenizer_files, params.tokenizer))
     if len(problems) == num_before:  # else one mistake would be told twice
-        problems.attempt("model_checkpoint", lambda: _check_checkpoint(params))
+        problems.attempt("model_checkpoint", lambda: _check_checkpoint(params, adapt))
     problems.raise_all()
 
 
@@ -76,7 +81,7 @@ def _look_at_data(params: FinetuneParams, problems: _Problems) -> None:
             problems.attempt(f"{key}.transform", partial(build_transform, source.transform))
 
 
-def _check_checkpoint(params: FinetuneParams) -> None:
+def _check_checkpoint(params: FinetuneParams, adapt: Callable[[Checkpoint, CausalLM], object] | None) -> None:
     checkpoint = open_base_checkpoint(params.model_checkpoint, params)
     with torch.device("meta"):
         model = build_model(checkpoint.config)
@@ -87,3 +92,5 @@ def _check_checkpoint(params: FinetuneParams) -> None:
             f"{params.max_seq_len} is more than this checkpoint's {context}; set max_seq_len={context}",
             key="max_seq_len",
         )
+    if adapt is not None:
+        adapt(checkpoint, model)

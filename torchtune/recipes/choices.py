@@ -18,6 +18,8 @@ from torchtune.training.optimizers import ParamGroup
 # Peak rate of AdamW for full fine-tuning, by number of parameters: the smaller the model, the higher.
 FULL_FINETUNE_LR = ((400e6, 1e-4), (2e9, 5e-5), (15e9, 2e-5), (math.inf, 1e-5))
 
+LORA_LR_RATIO = 10.0
+
 MIN_STEP_TOKENS, MAX_STEP_TOKENS = 512, 32_768
 STEPS_PER_EPOCH = 32
 MAX_PACK_TOKENS = 2048
@@ -78,6 +80,11 @@ def choose_batching(params: FinetuneParams, report: Report | MixReport, *, limit
 def choose_lr(num_parameters: int) -> float:
     """The peak learning rate of a full fine-tune by AdamW, for a model of so many parameters."""
     return next(lr for limit, lr in FULL_FINETUNE_LR if num_parameters <= limit)
+
+
+def choose_lora_lr(num_parameters: int) -> float:
+    """The peak learning rate of a LoRA fine-tune by AdamW: ten times a full one's."""
+    return LORA_LR_RATIO * choose_lr(num_parameters)
 
 
 def choose_warmup(num_warmup_steps: int | None, total_steps: int | None) -> int:

@@ -41,6 +41,7 @@ def write_checkpoint(
     dtype: torch.dtype,
     epoch: int | None,
     write_model: Callable[[Path], Mapping[str, Tensor]],
+    more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write OUT/step_N/, whole or not at all, and remove those that `keep_last` has no room for.
 
@@ -49,6 +50,7 @@ def write_checkpoint(
         epoch: the epoch that the step belongs to, for the record.
         write_model: writes the recipe's own files into the folder that it is given; returns the trained tensors
             that these don't hold to the bit, by parameter name. Called on one rank.
+        more: what the recipe keeps besides.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -65,6 +67,7 @@ def write_checkpoint(
         **state.state_dict(),
         "dataloader": loader.state_dict(),
         **optimizer_state,
+        **(more or {}),
     }
 
     def write(folder: Path) -> None:

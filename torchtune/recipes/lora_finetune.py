@@ -1,0 +1,321 @@
+"""LoRA fine-tuning: train a low-rank update of a frozen model on your data, and write it as a PEFT adapter.
+
+    tune run lora_finetune model_checkpoint=SmolLM2-135M-Instruct dataset=chats.jsonl
+    tune run lora_finetune model_checkpoint=... dataset=... use_dora=true base_quantization=nf4
+
+Differs from full_finetune.py in its params (lora_params.py), in `_setup_model` and in what `save_checkpoint` writes.
+Methods: Hu et al., 2021 (arXiv:2106.09685), Liu et al., 2024 (DoRA, arXiv:2402.09353), Dettmers et al., 2023 (QLoRA,
+arXiv:2305.14314). docs/lora.md says what each key is for.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from torchtune.adapters.adapter import adapter_of, fill
+from torchtune.adapters.base_weights import BaseWeights
+from torchtune.adapters.init import allocate_lora, init_lora, init_magnitudes
+from torchtune.adapters.lora import apply_lora
+from torchtune.adapters.merge import MergedWeights
+from torchtune.checkpoint.open import Checkpoint
+from torchtune.checkpoint.peft_read import read_adapter
+from torchtune.checkpoint.peft_write import save_adapter
+from torchtune.checkpoint.save import save_model, save_text_files
+from torchtune.config.component import instantiate
+from torchtune.config.parse import parse_params
+from torchtune.config.strict import STRICT
+from torchtune.data.loader import DataLoader
+from torchtune.data.sampler import RowSampler
+from torchtune.distributed.process_group import process_group, rank, sum_over_ranks
+from torchtune.evaluation.held_out import held_out_loss
+from torchtune.models.build import build_model
+from torchtune.modules.decoder import CausalLM
+from torchtune.quantization.kinds import packable, packer
+from torchtune.recipes.adapters import base_name, check_adapters, check_same_base, fingerprint, open_adapters
+from torchtune.recipes.base_checkpoint import open_base_checkpoint
+from torchtune.recipes.checks import check_finetune
+from torchtune.recipes.choices import choose_lora_lr
+from torchtune.recipes.closing import closing_on_error
+from torchtune.recipes.finetune_data import open_loaders
+from torchtune.recipes.lora_params import LoRAParams, lora_groups
+from torchtune.recipes.optimization import Optimization
+from torchtune.recipes.run_checkpoint import verified_training_state, write_checkpoint
+from torchtune.recipes.run_folder import RunFolder, warn_of_changes
+from torchtune.recipes.run_state import RunState
+from torchtune.recipes.upkeep import Upkeep
+from torchtune.tokenizers.tokenizer import Tokenizer
+from torchtune.training.activation_checkpointing import apply_activation_checkpointing
+from torchtune.training.allocator import keep_freed_memory
+from torchtune.training.compiling import apply_compile
+from torchtune.training.device import get_device
+from torchtune.training.precision import autocast, dtype_name, get_dtype
+from torchtune.training.seed import seed_everything
+
+RECIPE = "lora_finetune"
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LoRAFinetuneParams(LoRAParams):
+    """All keys of this recipe."""
+
+
+def check(params: LoRAFinetuneParams) -> None:
+    """Compare the params with what lies on disk; `tune validate` and `main` call it before anything is loaded."""
+    check_finetune(params, RECIPE, adapt=partial(check_adapters, params))
+
+
+class LoRAFinetuneRecipe:
+    """Trains an adapter. The order of a run: `__init__`, `setup`, `train`, `cleanup`."""
+
+    # The run's state under the founding text's names.
+    epochs_run = property(attrgetter("state.epochs_run"))
+    total_epochs = property(attrgetter("state.total_epochs"))
+    total_training_steps = property(attrgetter("state.total_training_steps"))
+
+    def __init__(self, params: LoRAFinetuneParams) -> None:
+        """Take in what the run is; the output folder's state is read, nothing is written."""
+        self._params = params
+        self._device = get_device(params.device)
+        self._dtype = get_dtype(params.dtype, self._device)
+        self._param_dtype = get_dtype(params.param_dtype)
+        self._output = RunFolder(params, RECIPE)
+        self._resume_from_checkpoint = self._output.resume_from is not None
+        self.state = RunState.of(params)  # what a checkpoint keeps and _update_recipe_state restores
+        self._open = ExitStack()  # what setup opens; closed by cleanup, or when setup or train raises
+
+    # Setup: what is cheap to refuse comes first; weights are read once everything else is proven.
+
+    def setup(self, params: LoRAFinetuneParams) -> None:
+        """Open the base, prove the data, build and load the model with its adapter and all that training needs."""
+        with closing_on_error(self.cleanup):
+            self._open.enter_context(keep_freed_memory(self._device))
+            ckpt_dict = self.load_checkpoint(ckpt_path=params.model_checkpoint)
+            if self._resume_from_checkpoint:
+                self._update_recipe_state(ckpt_dict)
+            self._checkpoint: Checkpoint = ckpt_dict["checkpoint"]
+            self._tokenizer = self._setup_tokenizer(params)
+            self._sampler, self._dataloader = self._setup_data(params, ckpt_dict)
+            self._model = self._setup_model(params)
+            self._autocast = autocast(self._model, self._dtype)
+            self._optimizer = self._setup_optimizer(params, ckpt_dict)
+            self._loss_fn = self._setup_loss(params)
+            self._setup_observers(params)
+
+    def load_checkpoint(self, ckpt_path: str | Path) -> dict[str, Any]:
+        """What the run starts from; no weight but small ones is read.
+
+        Args:
+            ckpt_path: the base. When resuming, the adapter and the training state come from the run's own checkpoint.
+        Returns:
+            `checkpoint`, the open base, and `training_state` when resuming, else None.
+        """
+        base, folder = open_base_checkpoint(ckpt_path, self._params), self._output.resume_from
+        if folder is None:
+            return {"checkpoint": base, "training_state": None}
+        training_state = verified_training_state(folder)
+        check_same_base(base, training_state.state["base"], folder)
+        return {"checkpoint": base, "training_state": training_state}
+
+    def _update_recipe_state(self, ckpt_dict: dict[str, Any]) -> None:
+        """Take the run's state from its checkpoint; say which changed keys change what comes out."""
+        saved = ckpt_dict["training_state"].state
+        warn_of_changes(before=saved["params"], params=self._params)
+        self.state.load_state_dict(saved)
+        if self._params.dtype == "auto":  # the same bits need the same dtype, whatever this machine would choose
+            self._dtype = get_dtype(saved["dtype"])
+
+    def _setup_tokenizer(self, params: LoRAFinetuneParams) -> Tokenizer:
+        return self._checkpoint.tokenizer()
+
+    def _setup_data(self, params: LoRAFinetuneParams, ckpt_dict: dict[str, Any]) -> tuple[RowSampler, DataLoader]:
+        """Read, render and prove the data, and decide how it is dealt to steps."""
+        loaders = open_loaders(
+            params, self._checkpoint, self._tokenizer, self.state, ckpt_dict["training_state"], until=self._open
+        )
+        self._batching, self._eval_dataloader = loaders.batching, loaders.held_out
+        return loaders.sampler, loaders.train
+
+    def _setup_model(self, params: LoRAFinetuneParams) -> CausalLM:
+        """Build on the meta device, transform, and only then read weights, each quantised as it comes."""
+        with torch.device("meta"):
+            model = build_model(self._checkpoint.config)
+        self._checkpoint.check(model, self._tokenizer)
+        adapters = open_adapters(params, model)
+        self._lora = adapters.config
+        apply_lora(model, self._lora)
+        if params.enable_activation_checkpointing:
+            apply_activation_checkpointing(model.model.layers)
+        if params.compile:
+            apply_compile(model.model.layers)
+        allocate_lora(model, device=self._device, dtype=self._param_dtype)
+        seed_everything(self.state.seed)
+        init_lora(model, self._lora.init)
+        resumed = self._output.resume_from and read_adapter(self._output.resume_from, model)
+        if start := resumed or adapters.start:
+            fill(model, start, init=self._lora.init)
+        quantization = params.base_quantization
+        self._base = BaseWeights(
+            model,
+            dtype=self._dtype,
+            trained_dtype=self._param_dtype,
+            frozen=adapters.frozen,
+            pack=None
+            if quantization == "none"
+            else packer(quantization, double_quantization=params.double_quantization),
+            packable=() if quantization == "none" else packable(model),
+            whole=start.whole if start else {},
+            fresh=None if start else self._lora.init,
+        )
+        self._checkpoint.load_into(model, device=self._device, place=self._base)
+        if start is None:
+            init_magnitudes(model)
+        return model.train()
+
+    def _setup_optimizer(self, params: LoRAFinetuneParams, ckpt_dict: dict[str, Any]) -> torch.optim.Optimizer:
+        """The optimizer, its schedule and the loss scale of fp16, with their state when resuming."""
+        self._optimization = Optimization(
+            self._model,
+            params,
+            self._dataloader,
+            device=self._device,
+            dtype=self._dtype,
+            default_lr=choose_lora_lr(self._checkpoint.num_parameters),
+            groups=lora_groups(params, choose_lora_lr(self._checkpoint.num_parameters)),
+        )
+        if self._resume_from_checkpoint:
+            self._optimization.load_state_dict(ckpt_dict["training_state"])
+        return self._optimization.optimizer
+
+    def _setup_loss(self, params: LoRAFinetuneParams) -> Any:
+        return instantiate(params.loss)
+
+    def _setup_observers(self, params: LoRAFinetuneParams) -> None:
+        """Loggers, profiler and what else goes on between steps; from here on the run writes."""
+        trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        decided = {"seed": self.state.seed, "dtype": dtype_name(self._dtype), "trained_parameters": trained}
+        self._output.write_config(params, decided | self._batching.as_dict() | self._optimization.decided())
+        self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
+        self._open.callback(self.metric_loggers.close)
+        self._upkeep = Upkeep(
+            params,
+            self.state,
+            self._output,
+            self._dataloader,
+            self.metric_loggers,
+            device=self._device,
+            total_steps=self._optimization.total_steps,
+            evaluate=None if self._eval_dataloader is None else self.evaluate,
+            save=self.save_checkpoint,
+            until=self._open,
+        )
+
+    def train(self) -> None:
+        """Run what is left of the epochs: forward, backward, step; log, evaluate and save in between.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite, or a part of the adapter is not reached.
+            StoppedBySignal: SIGTERM or Ctrl-C; the run is saved.
+            DataError: a row that was too far back to be checked before; the run is saved.
+        """
+        if self._upkeep.nothing_is_left():
+            return
+        with closing_on_error(self.cleanup), self._upkeep.running():
+            self._optimizer.zero_grad()
+            for curr_epoch in range(self.epochs_run, self.total_epochs):
+                for micro_batches in self._upkeep.steps_of_epoch(curr_epoch):
+                    step = self.total_training_steps + 1
+                    lr = self._optimization.set_lr(step)
+                    # Every trained token of the step weighs the same, on whichever rank or micro-batch it lies.
+                    counts = [[batch.num_trained, batch.num_tokens] for batch in micro_batches]
+                    num_trained, num_tokens = sum_over_ranks(torch.tensor(counts, device=self._device).sum(0)).unbind()
+                    losses = []
+                    for index, batch in enumerate(micro_batches):
+                        # The adapter's dropout is drawn anew from these numbers, also after a resume.
+                        seed_everything(self.state.seed, step, rank() * len(micro_batches) + index)
+                        batch = batch.to(self._device)
+                        with self._autocast:
+                            # The backward pass ends at the lowest adapter; the base has no gradient.
+                            loss = self._model(
+                                batch.input_ids,
+                                batch.documents,
+                                labels=batch.labels,
+                                trained=batch.trained,
+                                loss=self._loss_fn,
+                            )
+                        self._optimization.scaled(loss / num_trained).backward()
+                        losses.append(loss.detach())
+                    grad_norm = self._optimization.gather_gradients()
+                    self._optimization.check_finite(step, losses, grad_norm, micro_batches)
+                    self._optimization.clip_gradients(grad_norm)
+                    self._optimization.step()
+                    loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
+                    metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+                    metrics |= {"trained_tokens": num_trained, "tokens": num_tokens}
+                    if self._upkeep.after_step(curr_epoch, metrics):  # it counts, evaluates, logs and saves
+                        return
+
+    def evaluate(self) -> float:
+        """The mean loss over all trained tokens of the held-out data, without dropout."""
+        assert self._eval_dataloader is not None, "there is nothing held out"
+        self._eval_dataloader.set_epoch(0)
+        with self._autocast:
+            return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._device)
+
+    def save_checkpoint(self, epoch: int | None = None) -> Path:
+        """Write OUT/step_N/: the adapter as PEFT has it, tokenizer and template, and recipe_state/ to resume from.
+
+        Args:
+            epoch: the epoch that the step belongs to, for the record.
+        Returns:
+            The checkpoint's folder; with `save_merged` the whole model is in `merged/` below it.
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+        """
+
+        def write_model(folder: Path) -> dict[str, Tensor]:
+            adapter = adapter_of(self._model, self._lora, base=base_name(self._checkpoint))
+            save_adapter(folder, adapter, self._model)
+            save_text_files(folder, self._checkpoint)
+            if self._params.save_merged:
+                merged = MergedWeights(self._model, self._lora, self._base, self._checkpoint.reader(self._model))
+                save_model(folder / "merged", self._model, self._checkpoint, values=merged)
+            return {}  # the adapter's file holds what is trained to the bit
+
+        return write_checkpoint(
+            self._output,
+            self._params,
+            self.state,
+            self._optimization,
+            self._dataloader,
+            dtype=self._dtype,
+            epoch=epoch,
+            write_model=write_model,
+            more={"base": fingerprint(self._checkpoint)},
+        )
+
+    def cleanup(self) -> None:
+        """Close what `setup` opened: loggers, workers, profiler."""
+        self._open.close()
+
+
+def main() -> None:
+    """The recipe as a program: `tune run lora_finetune key=value ...`."""
+    params = parse_params(LoRAFinetuneParams)  # every mistake in them is reported here, before anything is read
+    with process_group(params.device):  # one rank is not a special case
+        check(params)
+        recipe = LoRAFinetuneRecipe(params=params)
+        recipe.setup(params=params)
+        recipe.train()
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    main()
