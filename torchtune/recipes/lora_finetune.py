@@ -188,7 +188,7 @@ class LoRAFinetuneRecipe:
             device=self._device,
             dtype=self._dtype,
             default_lr=choose_lora_lr(self._checkpoint.num_parameters),
-            groups=lora_groups(params, choose_lora_lr(self._checkpoint.num_parameters)),
+            groups=lora_groups(params),
         )
         if self._resume_from_checkpoint:
             self._optimization.load_state_dict(ckpt_dict["training_state"])

@@ -9,8 +9,6 @@ from pydantic.dataclasses import dataclass
 
 from torchtune.adapters.config import LoRAConfig
 from torchtune.config.strict import STRICT
-from torchtune.errors import ConfigError
-from torchtune.recipes.choices import optimizer_options
 from torchtune.recipes.params import Count, FinetuneParams
 from torchtune.training.optimizers import ParamGroup
 
@@ -102,12 +100,7 @@ def lora_config(params: LoRAParams) -> LoRAConfig:
     )
 
 
-def lora_groups(params: LoRAParams, default_lr: float) -> list[ParamGroup]:
+def lora_groups(params: LoRAParams) -> list[ParamGroup]:
     """The rate of lora_B, where it is another than lora_A's. Source: Hayou et al., 2024 (LoRA+, arXiv:2402.12354)."""
-    if params.loraplus_lr_ratio is None:
-        return []
-    options = optimizer_options(params, default_lr)
-    if "lr" not in options:
-        raise ConfigError("it is a share of the rate, which is not given; give optimizer.lr", key="loraplus_lr_ratio")
-    lr = options["lr"]
-    return [ParamGroup(r"\.lora_(embedding_)?B(\.|$)", {"lr": lr * params.loraplus_lr_ratio})]
+    ratio = params.loraplus_lr_ratio
+    return [] if ratio is None else [ParamGroup(r"\.lora_(embedding_)?B(\.|$)", {"lr_ratio": ratio})]
