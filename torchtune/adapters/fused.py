@@ -184,7 +184,7 @@ def _parameter_gradients(
         if needs[4 * index + 1] and layer.bias is not None and grad is not None:
             gradients[4 * index + 1] = gradient_of_bias(layer.bias, grad)
     if seen is not None and grad_low is not None:
-        gradients[2::4] = gradients_of_a(layers, seen, grad_low)
+        gradients[2::4] = gradients_of_a(layers, grads, seen, grad_low)
     if low is not None:
         gradients[3::4] = gradients_of_b(layers, grads, low)
     return gradients

@@ -82,29 +82,30 @@ def gradient_of_adapter_input(layers: Sequence[Adapted], grad_low: Tensor) -> Te
     return grad_low @ _stacked_a(layers, grad_low.dtype)
 
 
-def gradients_of_a(layers: Sequence[Adapted], adapter_input: Tensor, grad_low: Tensor) -> list[Tensor | None]:
-    """[r, in] for each layer, None where it has no update; one product for all."""
-    # The CPU has no product of half-precision matrices with a float32 result; sums are float32 inside it.
+def gradients_of_a(
+    layers: Sequence[Adapted], grads: Sequence[Tensor | None], adapter_input: Tensor, grad_low: Tensor
+) -> list[Tensor | None]:
+    """[r, in] for each layer, None where it has no update or nothing came of its output; one product for all."""
+    # The CPU has no product of half-precision matrices with a float32 result; inside it sums are float32.
     stacked = grad_low.T @ adapter_input
-    columns = _columns(layers)
     return [
-        None if layer.lora_a is None else stacked[rows].to(layer.lora_a.dtype)
-        for layer, rows in zip(layers, columns, strict=True)
+        None if layer.lora_a is None or grad is None else stacked[rows].to(layer.lora_a.dtype)
+        for layer, grad, rows in zip(layers, grads, _columns(layers), strict=True)
     ]
 
 
 def gradients_of_b(layers: Sequence[Adapted], grads: Sequence[Tensor | None], low: Tensor) -> list[Tensor | None]:
-    """[out, r] for each layer, None where it has no update or nothing came of its output."""
-    gradients: list[Tensor | None] = []
-    for layer, grad, columns in zip(layers, grads, _columns(layers), strict=True):
-        if layer.lora_b is None or grad is None:
-            gradients.append(None)
-            continue
-        # Scaled before it is rounded: in float16 the bare sum may be beyond the largest number. [r, out] is the
-        # faster way round on the CPU.
-        scaled = torch.addmm(low.new_zeros(()), low[:, columns].T, grad, beta=0, alpha=layer.scale)
-        gradients.append(scaled.T.to(layer.lora_b.dtype))
-    return gradients
+    """[out, r] for each layer, None as for A."""
+    return [
+        None if layer.lora_b is None or grad is None else _gradient_of_b(layer, layer.lora_b, grad, low[:, columns])
+        for layer, grad, columns in zip(layers, grads, _columns(layers), strict=True)
+    ]
+
+
+def _gradient_of_b(layer: Adapted, lora_b: Tensor, grad: Tensor, low: Tensor) -> Tensor:
+    # The scale acts before the sum is rounded: the bare one may be beyond float16. As [r, out] it is faster on the CPU.
+    transposed = torch.addmm(low.new_zeros(()), low.T, grad, beta=0, alpha=layer.scale)
+    return transposed.T.to(lora_b.dtype)
 
 
 def gradient_of_bias(bias: Tensor, grad: Tensor) -> Tensor:
