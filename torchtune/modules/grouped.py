@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune.modules.packed import dense
+from torchtune.modules.packed import PackedWeight, dense
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: bool = False) -> Tensor:
     """Row by row, x @ weight[e].T, where the first counts[0] rows belong to matrix 0, the next counts[1] to 1, ...
 
-    Weights are cast to x's type on the way and not kept in it. No row is padded and none is dropped. In bfloat16
-    on CUDA it is one kernel; elsewhere the host reads the counts.
+    Weights are cast to x's type on the way and not kept in it; packed ones are unpacked one by one. No row is padded
+    and none is dropped. In bfloat16 on CUDA it is one kernel, unless they are packed; elsewhere the host reads the
+    counts.
 
     Letters: T rows, E matrices.
 
@@ -38,27 +39,29 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, counts)
         ctx.transposed = transposed
-        return _products(x, weight if transposed else weight.mT, counts)
+        return _products(x, weight, counts, turned=not transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, counts = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _products(grads[0], weight.mT if ctx.transposed else weight, counts)
+            grad_x = _products(grads[0], weight, counts, turned=ctx.transposed)
         if ctx.needs_input_grad[1]:
             left, right = (x, grads[0]) if ctx.transposed else (grads[0], x)
             grad_weight = _sums_of_products(left, right, counts).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
-def _products(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """x [T, in], matrices [E, in, out] -> [T, out]."""
-    if _is_one_kernel(x, *matrices.shape[1:]):
-        return F.grouped_mm(x.contiguous(), dense(matrices, x.dtype), offs=_ends(counts))
-    out = x.new_empty(x.shape[0], matrices.shape[2])
+def _products(x: Tensor, weight: Tensor, counts: Tensor, *, turned: bool) -> Tensor:
+    """x [T, in] times each group's matrix, weight [E, in, out], or [E, out, in] where `turned` -> [T, out]."""
+    if not isinstance(weight, PackedWeight) and _is_one_kernel(x, *weight.shape[1:]):
+        matrices = dense(weight, x.dtype)
+        return F.grouped_mm(x.contiguous(), matrices.mT if turned else matrices, offs=_ends(counts))
+    out = x.new_empty(x.shape[0], weight.shape[1 if turned else 2])
     for expert, rows in _groups(counts.tolist()):
-        torch.mm(x[rows], dense(matrices[expert], x.dtype), out=out[rows])
+        matrix = dense(weight[expert], x.dtype)
+        torch.mm(x[rows], matrix.T if turned else matrix, out=out[rows])
     return out
 
 
