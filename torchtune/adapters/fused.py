@@ -166,7 +166,8 @@ class _LoRALinearOfSiluProduct(torch.autograd.Function):
         if needs_gate or needs_up:
             grad_product = gradient_of_x(layers, grads, grad_low).view(gate.shape)
             grad_up = silu.mul_(grad_product)
-            grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up), gate)
+            grad_product.mul_(up)
+            grad_gate = torch.ops.aten.silu_backward.grad_input(grad_product, gate, grad_input=grad_product)
         return grad_gate, grad_up, None, *of_parameters
 
 
