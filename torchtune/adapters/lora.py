@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtune.adapters.config import LoRAConfig
-from torchtune.adapters.fused import Adapted, lora_linear, lora_linear_of_silu_product, lora_linears
-from torchtune.adapters.targets import Targets, find_targets, find_whole
-from torchtune.errors import ConfigError
+from torchtune.adapters.fused import lora_linear, lora_linear_of_silu_product, lora_linears
+from torchtune.adapters.low_rank import Adapted
+from torchtune.adapters.targets import Problems, Targets, find_targets, find_whole
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.linear import Conv1D, Embedding, Linear
@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        adapter_input = None if self.dropout is None else self.dropout(x)
+        adapter_input = self.dropout(x) if self.dropout is not None and self.training else None
         w, a, b = self.weight, self.lora_A.weight, self.lora_B.weight
         bias = None if self.lora_magnitude_vector is not None else self.bias
         out = lora_linear(x, w, bias, a, b, self.scale, transposed=self.transposed, adapter_input=adapter_input)
@@ -166,11 +166,18 @@ def apply_lora(model: CausalLM, config: LoRAConfig) -> Targets:
     Returns:
         What was adapted.
     Raises:
-        ConfigError: a target that names nothing, a rank above a matrix, or what does not go together.
+        ConfigError: targets that name nothing, a rank above a matrix, or what does not go together; all at once.
     """
-    targets = find_targets(model, config.targets, layers=config.layers)
-    whole = find_whole(model, config.modules_to_save)
-    _check(model, config, targets, whole)
+    problems = Problems()
+    targets = find_targets(model, config.targets, layers=config.layers, problems=problems)
+    all_found, whole = not problems, list[str]()
+    with problems.one():
+        whole = find_whole(model, config.modules_to_save)
+    with problems.one():  # a pattern that can't be compiled
+        _check(model, config, targets, whole, problems)
+        if all_found and targets.names:
+            _check_patterns(config, targets, problems)
+    problems.raise_all()
     model.requires_grad_(False)
     for name in targets.linears:
         layer = model.get_submodule(name)
@@ -198,35 +205,36 @@ def _adapt_experts(experts: nn.Module, kind: str, *, rank: int, scale: float) ->
     experts.updates[kind] = update
 
 
-def _check(model: CausalLM, config: LoRAConfig, targets: Targets, whole: Sequence[str]) -> None:
-    for name in targets.names:
-        rank = config.rank_of(name)
-        sizes = _sizes(model, name)
-        if not 1 <= rank <= min(sizes):
-            raise ConfigError(
-                f"rank {rank} is more than '{name}' has: its matrix is {sizes[1]} x {sizes[0]}; give it at most "
-                f"{min(sizes)}, by lora_rank_pattern for this layer alone",
-                key="lora_rank",
-            )
-        inside = [module for module in whole if name == module or name.startswith(f"{module}.")]
-        if inside:
-            raise ConfigError(
-                f"'{inside[0]}' is trained whole, so '{name}' takes no adapter too", key="modules_to_save"
-            )
+def _check(model: CausalLM, config: LoRAConfig, targets: Targets, whole: Sequence[str], problems: Problems) -> None:
+    """Ranks against matrices, and what does not go together; one of each kind is told."""
+    too_small = [name for name in targets.names if not 1 <= config.rank_of(name) <= min(_sizes(model, name))]
+    for name in too_small[:1]:
+        num_in, num_out = _sizes(model, name)
+        problems.add(
+            "lora_rank",
+            f"rank {config.rank_of(name)} is more than '{name}' has: its matrix is {num_out} x {num_in}; give it at most "
+            f"{min(num_in, num_out)}, by lora_rank_pattern for this layer alone",
+        )
+    inside = [(name, module) for name in targets.names for module in whole if f"{name}.".startswith(f"{module}.")]
+    for name, module in inside[:1]:
+        problems.add("modules_to_save", f"'{module}' is trained whole, so '{name}' takes no adapter too")
+    without = "experts" if targets.experts else "the embedding" if targets.embeddings else None
+    for key, given in (("lora_dropout", config.dropout > 0), ("use_dora", config.use_dora)):
+        if given and without:
+            problems.add(key, f"there is none on {without}, here or in PEFT; leave it out of lora_targets")
+    heads = [name for name in targets.linears if not model.is_tied and model.get_submodule(name) is model.lm_head]
+    if heads and config.use_dora:
+        problems.add("use_dora", f"there is none on the head ('{heads[0]}'); leave it out of lora_targets")
+    if config.init in ("pissa", "loftq") and (config.use_dora or without):
+        problems.add("lora_init", f"'{config.init}' is for plain LoRA on linear layers alone")
+
+
+def _check_patterns(config: LoRAConfig, targets: Targets, problems: Problems) -> None:
     for key, pattern in (("lora_rank_pattern", config.rank_pattern), ("lora_alpha_pattern", config.alpha_pattern)):
         for ends, value in pattern.items():
             alone = replace(config, rank_pattern={}, alpha_pattern={ends: math.inf})
             if not any(alone.alpha_of(name) == math.inf for name in targets.names):
-                raise ConfigError(f"'{ends}' ({value}) fits no adapted layer; one is '{targets.names[0]}'", key=key)
-    without = "experts" if targets.experts else "the embedding" if targets.embeddings else None
-    for key, given in (("lora_dropout", config.dropout > 0), ("use_dora", config.use_dora)):
-        if given and without:
-            raise ConfigError(f"there is none on {without}, here or in PEFT; leave it out of lora_targets", key=key)
-    heads = [name for name in targets.linears if not model.is_tied and model.get_submodule(name) is model.lm_head]
-    if heads and config.use_dora:
-        raise ConfigError(f"there is none on the head ('{heads[0]}'); leave it out of lora_targets", key="use_dora")
-    if config.init in ("pissa", "loftq") and (config.use_dora or targets.experts or targets.embeddings):
-        raise ConfigError(f"'{config.init}' is for plain LoRA on linear layers alone", key="lora_init")
+                problems.add(key, f"'{ends}' ({value}) fits no adapted layer; one is '{targets.names[0]}'")
 
 
 def _sizes(model: CausalLM, name: str) -> tuple[int, int]:
