@@ -35,11 +35,11 @@ def run(argv: list[str]) -> int:
     from torchtune.recipes.base_checkpoint import open_base_checkpoint
     from torchtune.recipes.checks import check_data
     from torchtune.recipes.finetune_data import prepare_data
-    from torchtune.recipes.params import FinetuneParams
+    from torchtune.recipes.lora_params import LoRAParams
     from torchtune.training.progress import say
     from torchtune.training.seed import draw_seed
 
-    params = parse_params(FinetuneParams, keys)
+    params = parse_params(LoRAParams, keys)  # every fine-tune's keys, so that any of their configs can be looked at
     check_data(params)
     checkpoint = open_base_checkpoint(params.model_checkpoint, params, weights=False)
     tokenizer = checkpoint.tokenizer()

@@ -15,6 +15,9 @@ _FOR_RECIPE = re.compile(r"^#\s*tune run (?:.*\s)?(\S+) --config (\S+)", re.MULT
 FORMER_NAMES = {
     "full_finetune_single_device": "full_finetune",
     "full_finetune_distributed": "full_finetune",
+    "lora_finetune_single_device": "lora_finetune",
+    "lora_finetune_distributed": "lora_finetune",
+    "lora_finetune_fsdp2": "lora_finetune",
 }
 
 
