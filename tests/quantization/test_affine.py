@@ -43,6 +43,13 @@ def test_values_are_those_of_torchao(kind, group, mapping, low, high, shape):
         assert torch.equal(packed.dense(dtype), expected.to(dtype))
 
 
+@pytest.mark.parametrize("kind", [Int8Weight, Int4Weight])
+def test_float16_has_small_weights_too(kind):
+    """Their scales are below its range; only the values are rounded to it."""
+    packed = kind.pack(random_weight(8, 128) * 1e-4)
+    assert torch.equal(packed.dense(torch.float16), packed.dense(torch.float32).half())
+
+
 @pytest.mark.parametrize(("kind", "group", "mapping", "low", "high"), KINDS)
 def test_no_weight_moves_by_more_than_a_step(kind, group, mapping, low, high):
     """Half a step by rounding; the rounded scale and zero point may cut off another half at the ends."""

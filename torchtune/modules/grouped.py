@@ -56,11 +56,11 @@ class _GroupedLinear(torch.autograd.Function):
 def _products(x: Tensor, weight: Tensor, counts: Tensor, *, turned: bool) -> Tensor:
     """x [T, in] times each group's matrix, weight [E, in, out], or [E, out, in] where `turned` -> [T, out]."""
     if not isinstance(weight, PackedWeight) and _is_one_kernel(x, *weight.shape[1:]):
-        matrices = dense(weight, x.dtype)
+        matrices = dense(weight, x)
         return F.grouped_mm(x.contiguous(), matrices.mT if turned else matrices, offs=_ends(counts))
     out = x.new_empty(x.shape[0], weight.shape[1 if turned else 2])
     for expert, rows in _groups(counts.tolist()):
-        matrix = dense(weight[expert], x.dtype)
+        matrix = dense(weight[expert], x)
         torch.mm(x[rows], matrix.T if turned else matrix, out=out[rows])
     return out
 
