@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtune.adapters.config import Init, LoRAConfig
 from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear
@@ -142,6 +142,18 @@ def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
             for mine, theirs in ((into.a, a), (into.b, b), (into.magnitude, value.magnitude)):
                 if mine is not None and theirs is not None:
                     _copy(name, mine, theirs)
+
+
+def split_pissa(model: CausalLM) -> None:
+    """Make of layers that hold a PiSSA adapter, as a file has it, those of the run that trained it.
+
+    Half of it is what was trained, the other half what the run had taken out of the base.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            (a, a_before), (b, b_before) = module.lora_A.weight.chunk(2), module.lora_B.weight.chunk(2, dim=1)
+            module.initial = a_before.detach(), -b_before.detach()
+            module.lora_A.weight, module.lora_B.weight = nn.Parameter(a.detach()), nn.Parameter(b.detach())
 
 
 def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, an: str) -> None:

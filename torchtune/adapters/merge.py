@@ -12,7 +12,7 @@ from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.lora import LoRALinear
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.packed import PackedWeight
+from torchtune.modules.packed import PackedWeight, dense
 
 
 class MergedWeights:
@@ -37,7 +37,7 @@ class MergedWeights:
         if not isinstance(held, torch.nn.Parameter) or held.requires_grad:
             return held.detach()
         if isinstance(held, PackedWeight):
-            weight, update = held.dense(torch.float64), self._on_quantised(name)
+            weight, update = _unpacked(held), self._on_quantised(name)
         else:
             weight, update = self._base.stacked(name, self._read(name)), self._updates.get(layer_of(self._model, name))
         if update is None:
@@ -48,7 +48,15 @@ class MergedWeights:
     def _on_quantised(self, name: str) -> LowRankUpdate | None:
         """The update as it is trained: PiSSA's part has been taken out of what was quantised."""
         path = layer_of(self._model, name)
-        layer = self._model.get_submodule(path) if path in self._updates else None
+        update = self._updates.get(path)
+        layer = None if update is None or path == name else self._model.get_submodule(path)  # its own name: experts'
         if not isinstance(layer, LoRALinear):
-            return self._updates.get(path)
+            return update
         return LowRankUpdate(layer.lora_A.weight, layer.lora_B.weight, layer.scale, layer.lora_magnitude_vector)
+
+
+def _unpacked(weight: PackedWeight) -> Tensor:
+    """A matrix, or a stack of them, in float64."""
+    if weight.dim() == 2:
+        return weight.dense(torch.float64)
+    return torch.stack([dense(weight[index], torch.float64) for index in range(len(weight))])

@@ -9,10 +9,11 @@ named (`experts`, `experts.down_proj`), since an adapter a matrix of each expert
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torchtune.errors import ConfigError, did_you_mean
+from torchtune.errors import ConfigError, Problem, did_you_mean
 from torchtune.modules.attention import Attention
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.mla import LatentAttention
@@ -43,31 +44,60 @@ class Targets:
 
 
 def find_targets(
-    model: CausalLM, targets: Sequence[str], *, layers: Iterable[int] | None = None, key: str = "lora_targets"
+    model: CausalLM,
+    targets: Sequence[str],
+    *,
+    layers: Iterable[int] | None = None,
+    key: str = "lora_targets",
+    problems: Problems | None = None,
 ) -> Targets:
     """The parts of `model` that `targets` name.
 
     Args:
         layers: numbers of the decoder layers to stay within.
+        problems: takes what would be raised; returned is then what was found in spite of it.
     Raises:
-        ConfigError: a target that names nothing, something that can't be adapted, or no layer of `layers`.
+        ConfigError: targets that name nothing, something that can't be adapted, or no layer of `layers`.
     """
     places = _Places(model)
     found: set[str] = set()
+    gathered = Problems() if problems is None else problems
     for target in targets:
-        found |= places.matching(target, key)
-    if layers is not None:
-        found = _within(found, model, list(layers))
+        with gathered.one():
+            found |= places.matching(target, key)
+    if layers is not None and found:
+        with gathered.one():
+            found = _within(found, model, list(layers))
     if model.is_tied and (tied := found & set(places.embeddings)):
-        raise ConfigError(
-            f"'{min(tied)}' is the head too (tie_word_embeddings), and an update of one of them would untie "
-            "them; train it whole by modules_to_save",
-            key=key,
-        )
+        both = f"'{min(tied)}' is the head too (tie_word_embeddings), and an update of one of them would untie them"
+        gathered.add(key, f"{both}; train it whole by modules_to_save")
+    if problems is None:
+        gathered.raise_all()
     in_order = [
         [name for name in kind if name in found] for kind in (places.linears, places.embeddings, places.experts)
     ]
     return Targets(*map(tuple, in_order))
+
+
+class Problems(list[Problem]):
+    """What was found wrong, to be said at once."""
+
+    def add(self, key: str, message: str) -> None:
+        """One more."""
+        self.append(Problem("", key, message))
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Take in the ConfigError that is raised within, and go on."""
+        try:
+            yield
+        except ConfigError as error:
+            self.extend(error.problems)
+
+    def raise_all(self) -> None:
+        """Raise everything, if there is anything."""
+        if self:
+            raise ConfigError(self)
 
 
 class _Places:
@@ -136,21 +166,23 @@ def find_whole(model: CausalLM, names: Sequence[str], *, key: str = "modules_to_
     """The modules of `model` whose names end with one of `names`; a tied head's is the embedding's.
 
     Raises:
-        ConfigError: a name that no module with parameters has.
+        ConfigError: names that no module with parameters has.
     """
     modules = {
         name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
     }
     embedding = next(name for name, module in modules.items() if module is model.model.embed_tokens)
     found: list[str] = []
+    problems = Problems()
     for wanted in names:
         matching = [name for name in modules if ends_with(name, wanted)]
         if not matching and model.is_tied and wanted in ("lm_head", "embed_out"):
             matching = [embedding]
         if not matching:
             last = {name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()}
-            raise ConfigError(f"no module of this model is called '{wanted}'{did_you_mean(wanted, last)}", key=key)
+            problems.add(key, f"no module of this model is called '{wanted}'{did_you_mean(wanted, last)}")
         found += [name for name in matching if name not in found]
+    problems.raise_all()
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchtune.adapters.adapter import Adapter, LowRankUpdate
 from torchtune.adapters.config import LoRAConfig
+from torchtune.adapters.targets import ends_with
 from torchtune.checkpoint.folder import open_files
 from torchtune.checkpoint.headers import WeightSource, read_json
 from torchtune.checkpoint.hub import resolve
@@ -35,6 +36,10 @@ UNSUPPORTED = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+UNTIED = (
+    ", and this model's embedding and head are one; set tie_word_embeddings to false in the base's config.json, with a "
+    "head of its own"
+)
 PART = re.compile(
     r"\.(lora_A|lora_B)(\.\w+)?\.weight$|\.(lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.\w+)?$"
 )
@@ -75,11 +80,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter's tensors.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if found is None:
         raise CheckpointError(f"has neither {WEIGHTS[0]} nor {WEIGHTS[1]}", path=folder)
-    source: WeightSource = open_files([found])
+    return found
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    source: WeightSource = open_files([weights_file(folder)])
     try:
         return {name: source.read(name) for name in source.headers}
     finally:
@@ -93,6 +107,7 @@ class _Reader(PeftNames):
         # vLLM's and others' spellings: numbers as text, keys left out (PEFT's defaults then).
         self.rank = int(self._number("r", PEFT_DEFAULTS["r"]))
         self.alpha = self._number("lora_alpha", PEFT_DEFAULTS["lora_alpha"])
+        self.parameters = [str(name) for name in config.get("target_parameters") or ()]
 
     def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
         parts: dict[str, dict[str, Tensor]] = {}
@@ -114,39 +129,59 @@ class _Reader(PeftNames):
         return self._with_exact_names(adapter)
 
     def _config(self) -> LoRAConfig:
-        ranks = {key: int(value) for key, value in (self.given.get("rank_pattern") or {}).items()}
-        alphas = {key: float(value) for key, value in (self.given.get("alpha_pattern") or {}).items()}
         return LoRAConfig(
             rank=self.rank,
             alpha=self.alpha,
             dropout=self._number("lora_dropout", 0.0),
             use_rslora=bool(self.given.get("use_rslora")),
             use_dora=bool(self.given.get("use_dora")),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
+            rank_pattern={ends: int(value) for ends, value in self._pattern("rank_pattern").items()},
+            alpha_pattern=self._pattern("alpha_pattern"),
         )
 
     def _number(self, key: str, default: float) -> float:
         value = self.given.get(key)
-        try:
-            return default if value is None else float(value)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{CONFIG}: {key}: '{value}' is no number") from error
+        return default if value is None else _as_number(key, value)
+
+    def _pattern(self, key: str) -> dict[str, float]:
+        given = self.given.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise CheckpointError(f"{CONFIG}: {key}: {given} gives no numbers by names")
+        for ends in given:
+            try:
+                re.compile(ends)
+            except re.error as error:
+                raise CheckpointError(f"{CONFIG}: {key}: '{ends}' is no regular expression: {error}") from error
+        return {ends: _as_number(f"{key}: {ends}", value) for ends, value in given.items()}
 
     def _layer(self, theirs: str, found: Mapping[str, Tensor]) -> str:
         """The name in our model of the layer that these tensors belong to."""
         path = theirs.removesuffix(".base_layer")
         name = self.ours.get(path)
-        if name is not None and name in self.experts:
-            return f"{name}.{self._kind_of_experts(name, found)}"
-        if name is None or name not in self.adaptable:
-            tied = " (its head is tied to the embedding)" if self.model.is_tied and path == self.head else ""
-            known = [self.theirs[n] for n in self.adaptable]
-            raise CheckpointError(
-                f"is an adapter for another base: it has an update of '{path}', and this model{tied} no such layer"
-                f"{did_you_mean(path, known)}"
-            )
-        return name
+        pair = ("lora_embedding_A", "lora_embedding_B") if name == self.embedding else ("lora_A", "lora_B")
+        if name in self.adaptable or name in self.experts:
+            for part in pair:
+                if part not in found:
+                    raise CheckpointError(f"'{theirs}.{part}' is missing")
+                if found[part].dim() != 2:
+                    raise CheckpointError(f"'{theirs}.{part}' is {tuple(found[part].shape)}, which is no matrix")
+        if self.model.is_tied and (name == self.embedding or path == self.head):
+            raise CheckpointError(f"has an update of '{path}', which unties it from what it is tied to{UNTIED}")
+        if name is None or name not in {*self.adaptable, *self.experts}:
+            raise CheckpointError(self._why_not(path))
+        return f"{name}.{self._kind_of_experts(name, found)}" if name in self.experts else name
+
+    def _why_not(self, path: str) -> str:
+        """Of a name that is none of a layer that can have an update."""
+        if any(re.search(pattern, f"{path}.") for pattern in self.model.carried):
+            return f"has an update of '{path}', a part of the base that is carried over and is not trained here"
+        if path in self.ours:
+            kind = type(self.modules.get(self.ours[path])).__name__
+            return f"has an update of '{path}', which takes none here ({kind}); train it whole by modules_to_save"
+        return (
+            f"is an adapter for another base: it has an update of '{path}', and this model no such layer"
+            f"{did_you_mean(path, [self.theirs[name] for name in self.adaptable])}"
+        )
 
     def _kind_of_experts(self, name: str, found: Mapping[str, Tensor]) -> str:
         experts = self.modules[name]
@@ -159,9 +194,7 @@ class _Reader(PeftNames):
         raise CheckpointError(f"has an update of '{name}' of other sizes than this model's experts: another base")
 
     def _update(self, name: str, theirs: str, found: Mapping[str, Tensor], config: LoRAConfig) -> LowRankUpdate:
-        pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in found else ("lora_A", "lora_B")
-        if missing := [part for part in pair if part not in found]:
-            raise CheckpointError(f"'{theirs}.{missing[0]}' is missing")
+        pair = ("lora_embedding_A", "lora_embedding_B") if name == self.embedding else ("lora_A", "lora_B")
         a, b = (found[part] for part in pair)
         path, _, kind = name.rpartition(".")
         if path in self.experts:
@@ -182,17 +215,29 @@ class _Reader(PeftNames):
                 f"is an adapter for another base: its '{theirs}' is {b.shape[-2]} x {a.shape[-1]} of rank "
                 f"{a.shape[-2]}, this model's {out_features} x {in_features}"
             )
-        key = self.of_update(name)
+        key = self._key(name)
         if config.rank_of(key) != a.shape[-2]:
             raise CheckpointError(
                 f"'{theirs}' has rank {a.shape[-2]} in {WEIGHTS[0]}, and {CONFIG} says {config.rank_of(key)}"
             )
-        return LowRankUpdate(a, b, config.scale_of(key), found.get("lora_magnitude_vector"))
+        magnitude = found.get("lora_magnitude_vector")
+        if config.use_dora != (magnitude is not None) or (magnitude is not None and magnitude.shape != (out_features,)):
+            has = "no magnitude" if magnitude is None else f"a magnitude of {tuple(magnitude.shape)}"
+            raise CheckpointError(f"'{theirs}' has {has}, and {CONFIG} says use_dora={config.use_dora}")
+        return LowRankUpdate(a, b, config.scale_of(key), magnitude)
+
+    def _key(self, name: str) -> str:
+        """What patterns of ranks and alphas mean: a layer's name, or that of a parameter that was named as such."""
+        weight = f"{self.of_update(name)}.weight"
+        return weight if any(ends_with(weight, end) for end in self.parameters) else self.of_update(name)
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
+        embedding, head = f"{self.theirs[self.embedding]}.weight", f"{self.head}.weight"
+        if self.model.is_tied and (embedding in tensors) != (head in tensors):
+            self._check_kept_one(embedding if embedding in tensors else head)
         for theirs, tensor in tensors.items():
-            is_tied_head = self.model.is_tied and theirs == f"{self.head}.weight"
+            is_tied_head = self.model.is_tied and theirs == head
             name = f"{self.embedding}.weight" if is_tied_head else self.ours.get(theirs)
             if name is None or name not in self.stored:
                 raise CheckpointError(
@@ -205,16 +250,18 @@ class _Reader(PeftNames):
                     f"{tuple(self.stored[name].shape)}"
                 )
             if name in whole and not torch.equal(whole[name], tensor):
-                raise CheckpointError(
-                    f"has an embedding and a head that differ ('{theirs}'), and this model's are one; set "
-                    "tie_word_embeddings to false in the base's config.json, with a head of its own"
-                )
+                raise CheckpointError(f"has an embedding and a head that differ ('{theirs}'){UNTIED}")
             whole[name] = tensor
         return whole
 
+    def _check_kept_one(self, theirs: str) -> None:
+        """PEFT trains one of a tied pair apart from the other, which stays the base's, unless it is told to tie them."""
+        if not self.given.get("ensure_weight_tying"):
+            raise CheckpointError(f"has '{theirs}' trained apart from what it is tied to{UNTIED}")
+
     def _with_exact_names(self, adapter: Adapter) -> Adapter:
         """The config by our names: one pattern a layer that is not as most are."""
-        alphas = {name: adapter.config.alpha_of(self.of_update(name)) for name in adapter.updates}
+        alphas = {name: adapter.config.alpha_of(self._key(name)) for name in adapter.updates}
         ranks = {name: update.rank for name, update in adapter.updates.items()}
         rank, alpha = most_common(ranks.values(), self.rank), most_common(alphas.values(), self.alpha)
         modules = {name.removesuffix(".weight").removesuffix(".bias") for name in adapter.whole}
@@ -230,3 +277,10 @@ class _Reader(PeftNames):
             modules_to_save=tuple(sorted(modules)),
         )
         return adapter
+
+
+def _as_number(key: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # what is no number raises
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{CONFIG}: {key}: '{value}' is no number") from error

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchtune.adapters.adapter import Adapter
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.lora import apply_lora
-from torchtune.checkpoint.hub import HUB_ID
+from torchtune.adapters.targets import Problems
+from torchtune.checkpoint.headers import read_safetensors_places
+from torchtune.checkpoint.hub import HUB_ID, resolve
 from torchtune.checkpoint.open import Checkpoint
-from torchtune.checkpoint.peft_read import read_adapter
-from torchtune.errors import CheckpointError, ConfigError
+from torchtune.checkpoint.peft_read import read_adapter, weights_file
+from torchtune.errors import CheckpointError, ConfigError, TuneError
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes.lora_params import LoRAParams, lora_config
 from torchtune.training.progress import say
 
-SMALL = 100_000  # elements; the tensors that tell a base from another are norms and biases
+# What of a tensor is looked at to tell a base from another.
+SMALL = 100_000  # elements: up to here all of it
+SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -44,27 +50,41 @@ def open_adapters(params: LoRAParams, model: CausalLM) -> Adapters:
         ConfigError: keys that say otherwise than the adapter that is gone on from.
     """
     frozen = tuple(read_adapter(source, model) for source in params.frozen_adapters)
-    config = _with_vocabulary(lora_config(params), params, model)
     if params.adapter is None:
-        return Adapters(config, None, frozen)
+        return Adapters(_with_vocabulary(lora_config(params), params, model), None, frozen)
     start = read_adapter(params.adapter, model)
-    _refuse_other_values(params, start.config)
-    return Adapters(replace(start.config, dropout=params.lora_dropout or start.config.dropout), start, frozen)
+    return Adapters(_going_on(params, start, model), start, frozen)
 
 
 def check_adapters(params: LoRAParams, checkpoint: Checkpoint, model: CausalLM) -> None:
     """Everything that can be known to be wrong with the params' adapters; the model on the meta device is changed.
 
     Raises:
-        ConfigError, CheckpointError: as `open_adapters` and `apply_lora`.
+        ConfigError: all of it.
     """
-    adapters = open_adapters(params, model)
-    for source, adapter in zip(
-        [*params.frozen_adapters, params.adapter], [*adapters.frozen, adapters.start], strict=True
-    ):
-        if adapter is not None and source is not None:
-            warn_of_other_base(source, adapter, params.model_checkpoint)
-    apply_lora(model, adapters.config)
+    problems = Problems()
+
+    def read(key: str, source: str) -> Adapter | None:
+        try:
+            adapter = read_adapter(source, model)
+        except (TuneError, OSError) as error:
+            problems.add(key, str(error))
+            return None
+        warn_of_other_base(source, adapter, params.model_checkpoint)
+        return adapter
+
+    for source in params.frozen_adapters:
+        read("frozen_adapters", source)
+    config = lora_config(params)
+    with problems.one():
+        if params.adapter is None:
+            config = _with_vocabulary(config, params, model)
+            if grown := config.modules_to_save[len(params.modules_to_save) :]:
+                say(f"the vocabulary grows, so {' and '.join(grown)} are trained whole and saved with the adapter")
+            apply_lora(model, config)
+        elif start := read("adapter", params.adapter):
+            apply_lora(model, _going_on(params, start, model))
+    problems.raise_all()
 
 
 def warn_of_other_base(source: str, adapter: Adapter, base: str) -> None:
@@ -87,30 +107,52 @@ def base_name(checkpoint: Checkpoint) -> str:
     return named if isinstance(named, str) and HUB_ID.fullmatch(named) and not Path(named).exists() else source
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells whether two checkpoints are the same: all names and shapes, and the values of small tensors."""
+def tell_local_base(checkpoint: Checkpoint) -> None:
+    """Say so where an adapter will name its base by a path, which nobody else has."""
+    name = base_name(checkpoint)
+    if not HUB_ID.fullmatch(name) or Path(name).exists():
+        say(
+            f"the adapter will name its base by its path here, {name}; before others load it, write the base's hub id "
+            "as base_model_name_or_path into its adapter_config.json"
+        )
+
+
+def fingerprint(checkpoint: Checkpoint, frozen_adapters: Sequence[str] = ()) -> str:
+    """Tells whether a run stands on the same weights: all names and shapes, small tensors whole, adapters whole.
+
+    Of a large tensor, some of the bytes in its middle: a base with an adapter merged has the same norms. That is
+    looked at in safetensors files alone, of which a part can be read.
+    """
     digest = hashlib.sha256()
     for name in sorted(checkpoint.tensors):
         header = checkpoint.tensors[name]
         digest.update(f"{name} {header.shape} {header.dtype}\n".encode())
-        num_elements = 1
-        for size in header.shape:
-            num_elements *= size
-        if num_elements <= SMALL:
+        if math.prod(header.shape) <= SMALL:
             digest.update(checkpoint.weights.read(name).float().numpy().tobytes())
+    files = {header.file for header in checkpoint.tensors.values() if header.file.suffix == ".safetensors"}
+    places = {name: place for file in files for name, place in read_safetensors_places(file).items()}
+    for _, (header, start) in sorted(places.items()):
+        num_bytes = math.prod(header.shape) * header.dtype.itemsize
+        with header.file.open("rb") as file:
+            file.seek(start + num_bytes // 2)
+            digest.update(file.read(min(num_bytes - num_bytes // 2, SAMPLE_BYTES)))
+    for source in frozen_adapters:
+        digest.update(weights_file(resolve(source)).read_bytes())
     return digest.hexdigest()
 
 
-def check_same_base(checkpoint: Checkpoint, before: str, folder: Path) -> None:
+def check_same_base(now: str, before: str, checkpoint: Checkpoint, folder: Path) -> None:
     """Refuse to resume on another base than the run began with.
 
+    Args:
+        now, before: their fingerprints.
     Raises:
         CheckpointError: its weights are others.
     """
-    if fingerprint(checkpoint) != before:
+    if now != before:
         raise CheckpointError(
-            f"was trained on other weights than {checkpoint.source} has now; resume on the base that the run began "
-            "with, or begin a run with adapter= this folder",
+            f"was trained on other weights than {checkpoint.source} has now, or over other frozen_adapters; resume on "
+            "those that the run began with, or begin a run with adapter= this folder",
             path=folder,
         )
 
@@ -121,24 +163,37 @@ def _with_vocabulary(config: LoRAConfig, params: LoRAParams, model: CausalLM) ->
         return config
     names = {name.rpartition(".")[0] for name in model.vocabulary_parameters}
     missing = sorted(name for name in names if not any(name.endswith(given) for given in config.modules_to_save))
-    if missing:
-        say(f"the vocabulary grows, so {' and '.join(missing)} are trained whole and saved with the adapter")
     return replace(config, modules_to_save=(*config.modules_to_save, *missing))
+
+
+def _going_on(params: LoRAParams, start: Adapter, model: CausalLM) -> LoRAConfig:
+    """The config of a run that goes on from an adapter: the adapter's own."""
+    _refuse_other_values(params, start.config)
+    if missing := set(_with_vocabulary(start.config, params, model).modules_to_save) - set(
+        start.config.modules_to_save
+    ):
+        raise ConfigError(
+            f"the vocabulary grows, and the adapter that is gone on from does not train '{min(missing)}'; grow it where "
+            "the adapter begins",
+            key="new_tokens",
+        )
+    return replace(start.config, dropout=params.lora_dropout or start.config.dropout)
 
 
 def _refuse_other_values(params: LoRAParams, own: LoRAConfig) -> None:
     """Keys given beside an adapter to go on from must say what it says."""
     defaults = {field.name: field.default for field in dataclasses.fields(LoRAParams)}
-    problems = []
+    problems = Problems()
     pairs = {"lora_rank": own.rank, "lora_alpha": own.alpha, "use_rslora": own.use_rslora, "use_dora": own.use_dora}
     for key, value in pairs.items():
         given, default = getattr(params, key), getattr(defaults[key], "default", defaults[key])
         if given not in (default, value):
-            problems.append(f"{key}: {given}, and the adapter has {value}; leave it out to go on with the adapter's")
-    for key in ("lora_layers", "lora_rank_pattern", "lora_alpha_pattern", "modules_to_save"):
-        if getattr(params, key):
-            problems.append(f"{key}: the adapter that is gone on from has its own; leave it out")
+            problems.add(key, f"{given}, and the adapter has {value}; leave it out to go on with the adapter's")
+    given_anew = [
+        k for k in ("lora_layers", "lora_rank_pattern", "lora_alpha_pattern", "modules_to_save") if getattr(params, k)
+    ]
     if params.lora_targets != "all-linear":
-        problems.append("lora_targets: the adapter that is gone on from has its own; leave it out")
-    if problems:
-        raise ConfigError("\n".join(problems), key="adapter")
+        given_anew.append("lora_targets")
+    for key in given_anew:
+        problems.add(key, "the adapter that is gone on from has its own; leave it out")
+    problems.raise_all()

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from torchtune.adapters.adapter import Adapter, fill
+from torchtune.adapters.adapter import Adapter, fill, split_pissa
 from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.combine import combine_adapters
 from torchtune.adapters.init import allocate_lora
@@ -36,16 +37,18 @@ from torchtune.checkpoint.training_state import run_params
 from torchtune.checkpoint.vocabulary import grow_vocabulary
 from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
-from torchtune.errors import ConfigError
+from torchtune.errors import CheckpointError, ConfigError
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import stored_pieces
 from torchtune.quantization.kinds import packable, packer
-from torchtune.recipes.adapters import base_name, warn_of_other_base
-from torchtune.training.precision import get_dtype
+from torchtune.recipes.adapters import base_name, tell_local_base, warn_of_other_base
+from torchtune.training.precision import dtype_name, get_dtype
 from torchtune.training.progress import say
 
 Quantization = Literal["auto", "none", "nf4", "int8", "int4"]
+# From a parameter's name and what the model holds, on the meta device, what is written.
+Values = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -107,7 +110,9 @@ class ExportRecipe:
 
     def __init__(self, params: ExportParams) -> None:
         self._params = params
-        self._output = Path(params.output_dir)
+        self._output = Path(params.output_dir).absolute()
+        if self._output == Path.cwd():
+            raise ConfigError("the folder that you are in can't be replaced; name another", key="output_dir")
         if self._output.exists() and (not self._output.is_dir() or any(self._output.iterdir())):
             raise ConfigError(f"{self._output} is there and not empty; name another folder", key="output_dir")
 
@@ -129,24 +134,34 @@ class ExportRecipe:
         self._quantization = self._trained_over()
 
     def export(self) -> Path:
-        """Write the folder, whole or not at all; returns it."""
+        """Write the folder, whole or not at all; returns it.
+
+        Raises:
+            CheckpointError: it can't be written, or a value is beyond what `dtype` holds.
+        """
         beside = self._output.with_name(f".{self._output.name}.writing")
         shutil.rmtree(beside, ignore_errors=True)
         try:
             self._write(beside)
+            _let_others_read(beside)
             if self._output.exists():
                 self._output.rmdir()
             beside.rename(self._output)
-        except BaseException:
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"can't be written: {error}", path=self._output) from error
+        finally:
             shutil.rmtree(beside, ignore_errors=True)
-            raise
-        say(f"{self._output}: written")
+        say(f"{self._params.output_dir}: written")
         return self._output
 
     def _named_base(self, adapter: str) -> str:
         named = read_adapter_config(resolve(adapter)).get("base_model_name_or_path")
         if not named:
             raise ConfigError(f"{adapter} does not say what its base is; name it", key="model_checkpoint")
+        try:
+            resolve(str(named), weights=False)
+        except CheckpointError as error:
+            raise ConfigError(f"name the base; what {adapter} says: {error}", key="model_checkpoint") from error
         return str(named)
 
     def _open_base(self, source: str) -> Checkpoint:
@@ -172,6 +187,9 @@ class ExportRecipe:
         if self._params.base_quantization != "auto":
             return self._params.base_quantization
         kind = str(self._run.get("base_quantization", "none"))
+        if kind != "none" and self._takes_part_out() and self._params.adapter_weights is not None:
+            say(f"each adapter has a base of its own in {kind} (PiSSA), so their sum is merged into the base as stored")
+            return "none"
         if kind != "none":
             say(
                 f"the adapter was trained over a base in {kind}, so it is merged into that; base_quantization says otherwise"
@@ -183,28 +201,52 @@ class ExportRecipe:
             )
         return kind
 
+    def _takes_part_out(self) -> bool:
+        """Whether what was quantised is the base less the adapter's beginning."""
+        return self._run.get("lora_init") == "pissa"
+
     def _write(self, folder: Path) -> None:
         if not self._params.merge:
+            tell_local_base(self._checkpoint)
             save_adapter(folder, replace(self._adapters[0], base=base_name(self._checkpoint)), self._model)
             save_text_files(folder, self._checkpoint)
             return
         dtype = None if self._params.dtype == "auto" else get_dtype(self._params.dtype)
-        values = self._merged() if self._adapters else self._stored()
+        values = self._within_range(self._merged() if self._adapters else self._stored(), dtype)
         save_model(folder, self._model, self._checkpoint, dtype=dtype, values=values)
 
-    def _stored(self) -> Callable[[str, Tensor], Tensor]:
+    def _within_range(self, values: Values, dtype: torch.dtype | None) -> Values:
+        """Refuses what would become infinite: fp16 ends at 65,504."""
+        pieces = stored_pieces(self._model)
+
+        def value(name: str, held: Tensor) -> Tensor:
+            tensor = values(name, held)
+            written = dtype or self._checkpoint.tensors[pieces[name][0].name].dtype
+            largest = tensor.abs().max().item() if tensor.numel() else 0.0
+            if largest > torch.finfo(written).max:
+                raise CheckpointError(
+                    f"'{name}' has a value of {largest:.4g}, beyond what {dtype_name(written)} holds; use dtype=bf16 or fp32",
+                    path=self._checkpoint.path,
+                )
+            return tensor
+
+        return value
+
+    def _stored(self) -> Values:
         """Reads what the base has under a name in the model."""
         pieces = stored_pieces(self._model)
         return lambda name, held: self._checkpoint.read_parameter(held.shape, pieces[name])
 
-    def _merged(self) -> Callable[[str, Tensor], Tensor]:
+    def _merged(self) -> Values:
         """Reads it and merges the adapters, by the way that the run that trained the last one went."""
         *frozen, last = self._adapters
         model, stored = self._model, self._stored()
         apply_lora(model, last.config)
         allocate_lora(model, device="cpu", dtype=torch.float32)
         quantised = self._quantization != "none"
-        fill(model, last, init="pissa" if quantised and self._run.get("lora_init") == "pissa" else "default")
+        fill(model, last)
+        if quantised and self._takes_part_out():
+            split_pissa(model)
         double = bool(self._run.get("double_quantization", True))
         base = BaseWeights(
             model,
@@ -224,6 +266,14 @@ class ExportRecipe:
             return merged(name, nn.Parameter(placed, held.requires_grad))
 
         return value
+
+
+def _let_others_read(folder: Path) -> None:
+    """safetensors makes files that their owner alone can read."""
+    readers = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(readers)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -34,12 +35,19 @@ from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.data.loader import DataLoader
 from torchtune.data.sampler import RowSampler
-from torchtune.distributed.process_group import process_group, rank, sum_over_ranks
+from torchtune.distributed.process_group import process_group, rank, sum_over_ranks, world_size
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.quantization.kinds import packable, packer
-from torchtune.recipes.adapters import base_name, check_adapters, check_same_base, fingerprint, open_adapters
+from torchtune.recipes.adapters import (
+    base_name,
+    check_adapters,
+    check_same_base,
+    fingerprint,
+    open_adapters,
+    tell_local_base,
+)
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
 from torchtune.recipes.choices import choose_lora_lr
@@ -65,6 +73,12 @@ RECIPE = "lora_finetune"
 @dataclass(config=STRICT, kw_only=True)
 class LoRAFinetuneParams(LoRAParams):
     """All keys of this recipe."""
+
+    @model_validator(mode="after")
+    def _trains_an_adapter(self) -> LoRAFinetuneParams:
+        if self.freeze:
+            raise ValueError("freeze: the base is frozen already; modules_to_save names what is trained of it")
+        return self
 
 
 def check(params: LoRAFinetuneParams) -> None:
@@ -101,6 +115,7 @@ class LoRAFinetuneRecipe:
             if self._resume_from_checkpoint:
                 self._update_recipe_state(ckpt_dict)
             self._checkpoint: Checkpoint = ckpt_dict["checkpoint"]
+            self._open.callback(self._checkpoint.weights.close)  # save_merged reads on
             self._tokenizer = self._setup_tokenizer(params)
             self._sampler, self._dataloader = self._setup_data(params, ckpt_dict)
             self._model = self._setup_model(params)
@@ -118,10 +133,11 @@ class LoRAFinetuneRecipe:
             `checkpoint`, the open base, and `training_state` when resuming, else None.
         """
         base, folder = open_base_checkpoint(ckpt_path, self._params), self._output.resume_from
+        self._fingerprint = fingerprint(base, self._params.frozen_adapters)
         if folder is None:
             return {"checkpoint": base, "training_state": None}
         training_state = verified_training_state(folder)
-        check_same_base(base, training_state.state["base"], folder)
+        check_same_base(self._fingerprint, training_state.state["base"], base, folder)
         return {"checkpoint": base, "training_state": training_state}
 
     def _update_recipe_state(self, ckpt_dict: dict[str, Any]) -> None:
@@ -201,6 +217,7 @@ class LoRAFinetuneRecipe:
         """Loggers, profiler and what else goes on between steps; from here on the run writes."""
         trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
         decided = {"seed": self.state.seed, "dtype": dtype_name(self._dtype), "trained_parameters": trained}
+        tell_local_base(self._checkpoint)
         self._output.write_config(params, decided | self._batching.as_dict() | self._optimization.decided())
         self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
         self._open.callback(self.metric_loggers.close)
@@ -255,6 +272,8 @@ class LoRAFinetuneRecipe:
                     grad_norm = self._optimization.gather_gradients()
                     self._optimization.check_finite(step, losses, grad_norm, micro_batches)
                     self._optimization.clip_gradients(grad_norm)
+                    # Parameters in bf16 are rounded at random, and alike on all ranks.
+                    seed_everything(self.state.seed, step, world_size() * len(micro_batches))
                     self._optimization.step()
                     loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
                     metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
@@ -298,7 +317,7 @@ class LoRAFinetuneRecipe:
             dtype=self._dtype,
             epoch=epoch,
             write_model=write_model,
-            more={"base": fingerprint(self._checkpoint)},
+            more={"base": self._fingerprint},
         )
 
     def cleanup(self) -> None:

@@ -65,12 +65,12 @@ class LoRAParams(FinetuneParams):
     def _goes_together(self) -> LoRAParams:
         """Pairs of values that can't both be meant."""
         problems = []
+        if not self.targets:
+            problems.append("lora_targets: names nothing to adapt; leave it out for all linear layers")
         if self.use_dora and self.lora_init in ("pissa", "loftq"):
             problems.append(f"lora_init: '{self.lora_init}' is for plain LoRA; leave use_dora out")
         if self.lora_init == "loftq" and self.base_quantization == "none":
             problems.append("lora_init: 'loftq' makes up for quantisation, and base_quantization is none")
-        if self.freeze:
-            problems.append("freeze: the base is frozen already; modules_to_save names what is trained of it")
         if self.adapter is not None and self.lora_init != "default":
             problems.append("lora_init: an adapter to go on from is given, so there is nothing to begin")
         if problems:
