@@ -62,10 +62,9 @@ class _Writer(PeftNames):
     def config(self) -> dict[str, Any]:
         config, updates = self.adapter.config, self.adapter.updates
         power = 0.5 if config.use_rslora else 1.0
-        ranks = {self.of_update(name): update.rank for name, update in updates.items()}
-        alphas = {self.of_update(name): _plain(update.scale * update.rank**power) for name, update in updates.items()}
+        ranks = {self._key(name): update.rank for name, update in updates.items()}
+        alphas = {self._key(name): _plain(update.scale * update.rank**power) for name, update in updates.items()}
         rank, alpha = most_common(ranks.values(), config.rank), most_common(alphas.values(), config.alpha)
-        parameters = [self.of_update(name) for name in updates if name not in self.modules]
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -74,7 +73,7 @@ class _Writer(PeftNames):
             "lora_alpha": alpha,
             "lora_dropout": config.dropout,
             "target_modules": self._target_modules(),
-            "target_parameters": sorted({".".join(name.split(".")[-3:]) for name in parameters}) or None,
+            "target_parameters": self._target_parameters() or None,
             "modules_to_save": self._modules_to_save(),
             "rank_pattern": {re.escape(name): value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
@@ -87,8 +86,29 @@ class _Writer(PeftNames):
         }
 
     def _target_modules(self) -> list[str]:
-        adapted = [self.theirs[name] for name in self.adapter.updates if name in self.modules]
+        adapted = [self.theirs[n] for n in self.adapter.updates if n in self.modules and not self._is_mistaken(n)]
         return self._shortest(adapted, [self.theirs[name] for name in self.adaptable], ends_with)
+
+    def _target_parameters(self) -> list[str]:
+        stacks = [self.of_update(name) for name in self.adapter.updates if name not in self.modules]
+        known = [f"{self.theirs[path]}.{kind}" for path in self.experts for kind in ("gate_up_proj", "down_proj")]
+        last = {".".join(name.split(".")[-3:]) for name in stacks}  # mlp.experts.down_proj
+        if {name for name in known if any(ends_with(name, end) for end in last)} == set(stacks):
+            stacks = sorted(last)
+        return [*stacks, *(self._key(name) for name in self.adapter.updates if self._is_mistaken(name))]
+
+    def _key(self, name: str) -> str:
+        """What PEFT looks an update up by: its layer's name, or its parameter's."""
+        return f"{self.theirs[name]}.weight" if self._is_mistaken(name) else self.of_update(name)
+
+    def _is_mistaken(self, name: str) -> bool:
+        """Whether PEFT takes a layer's name, however it is written, for the experts' of the same last name.
+
+        It reads its weight's name as it stands, but has no dropout and no DoRA for it then.
+        """
+        config = self.adapter.config
+        called_so = name in self.modules and name.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")
+        return bool(self.experts) and called_so and not config.dropout and not config.use_dora
 
     def _modules_to_save(self) -> list[str] | None:
         modules = {self.theirs[name.rpartition(".")[0]] for name in self.adapter.whole}
