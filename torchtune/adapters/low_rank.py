@@ -71,9 +71,9 @@ def gradient_of_x(layers: Sequence[Adapted], grads: Sequence[Tensor | None], gra
     """[T, in]: through the weights, and through the A's where `grad_low` is given."""
     reached = [(layer, grad) for layer, grad in zip(layers, grads, strict=True) if grad is not None]
     (first, grad), *others = reached
-    total = grad @ _matrix(first, grad.dtype)
+    total = grad @ _matrix(first, grad)
     for layer, grad in others:
-        total.addmm_(grad, _matrix(layer, grad.dtype))
+        total.addmm_(grad, _matrix(layer, grad))
     return total if grad_low is None else total.addmm_(grad_low, _stacked_a(layers, total.dtype))
 
 
@@ -135,7 +135,7 @@ def _scaled_b(lora_b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(wide.T, scale, out=wide.new_empty(wide.shape[::-1], dtype=dtype))
 
 
-def _matrix(layer: Adapted, dtype: torch.dtype) -> Tensor:
+def _matrix(layer: Adapted, like: torch.dtype | Tensor) -> Tensor:
     """The weight as [out, in]."""
-    weight = dense(layer.weight, dtype)
+    weight = dense(layer.weight, like)
     return weight.T if layer.transposed else weight

@@ -196,7 +196,11 @@ class Checkpoint:
             is_parameter = isinstance(tensor, nn.Parameter)
             dtype = param_dtype if is_parameter else torch.float32
             if is_parameter and place is not None:
-                held = place(name, self.read_parameter(tensor.shape, pieces[name]).to(device))
+                stored = self.read_parameter(tensor.shape, pieces[name]).to(device)
+                try:
+                    held = place(name, stored)
+                except CheckpointError as error:
+                    raise CheckpointError(f"tensor '{name}': {error.problem}", path=self.path) from error
                 _assign(model, name, nn.Parameter(held, tensor.requires_grad))
                 continue
             # One copy of the weights in memory: a tensor that is stored whole is read into its place.

@@ -124,7 +124,7 @@ class _SiluProductLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             product = (F.silu(gate) * up).flatten(0, -2)
             grad_weight = (grad.flatten(0, -2).T @ product).to(weight.dtype)
-        return *silu_product_backward(grad @ dense(weight, grad.dtype), gate, up), grad_weight
+        return *silu_product_backward(grad @ dense(weight, grad), gate, up), grad_weight
 
 
 def silu_product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.dtype == x.dtype and not isinstance(self.weight, PackedWeight):
             return F.linear(x, self.weight, bias)
-        output: Tensor = _CastLinear.apply(x, self.weight)
+        output: Tensor = _CastLinear.apply(x, self.weight, False)
         return output if bias is None else output + bias
 
 
@@ -50,8 +50,8 @@ class Conv1D(nn.Module):
                 nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, dense(self.weight, x.dtype).T, bias)
+        output: Tensor = _CastLinear.apply(x, self.weight, True)
+        return output if self.bias is None else output + self.bias.to(x.dtype)
 
 
 class Embedding(nn.Embedding):
@@ -82,19 +82,23 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 class _CastLinear(torch.autograd.Function):
-    """x @ weight.T in x's type: x [..., in], weight [out, in] -> [..., out]."""
+    """x @ weight.T in x's type: x [..., in], weight [out, in], or [in, out] where `transposed` -> [..., out]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, dense(weight, x.dtype))
+        ctx.transposed = transposed
+        matrix = dense(weight, x.dtype)
+        return x @ matrix if transposed else F.linear(x, matrix)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ dense(weight, grad.dtype)
+            matrix = dense(weight, grad)
+            grad_x = grad @ (matrix.T if ctx.transposed else matrix)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+            left, right = (x, grad) if ctx.transposed else (grad, x)
+            grad_weight = (left.flatten(0, -2).T @ right.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight, None

@@ -30,7 +30,13 @@ class Router(nn.Module):
     Args:
         choose: logits [T, E] -> weights [T, k] and experts [T, k]; takes the correction second, if there is one.
         has_correction: a saved buffer [E] that is added to the scores for the choice alone (DeepSeek V3).
+
+    Attributes:
+        update: a module [T, D] -> [T, E] whose output is added to the logits, if there is one. It is no part of a
+            checkpoint.
     """
+
+    unstored = ("update",)
 
     def __init__(
         self, hidden_size: int, num_experts: int, choose: Choose, *, bias: bool = False, has_correction: bool = False
@@ -43,6 +49,7 @@ class Router(nn.Module):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
         self.choose = choose
+        self.register_module("update", None)
         self.has_correction = has_correction
         if has_correction:
             self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
@@ -50,7 +57,10 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> weights [T, k], experts [T, k], logits [T, E]."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        x = x.to(wide)
+        logits = F.linear(x, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        if self.update is not None:
+            logits = logits + self.update(x)
         correction = (self.e_score_correction_bias,) if self.has_correction else ()
         weights, experts = self.choose(logits, *correction)
         return weights, experts, logits
