@@ -1,7 +1,6 @@
 """lora_finetune by the command line: what it says of its losses is what PEFT and transformers compute from its files."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -322,12 +321,12 @@ def test_dropout_acts_in_training_alone(checkpoint, held_out, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("keys", [(), (NF4, "use_dora=true")], ids=["lora", "nf4-dora"])
-def test_compiled_losses_are_the_plain_ones(checkpoint, tmp_path, keys):
-    """Within 1e-4, with evaluations between."""
+def test_compiled_losses_are_the_plain_ones(checkpoint, tmp_path):
+    """Within 1e-4, with an evaluation at the end; plain LoRA is compiled in test_lora_cases.py (C083)."""
     found = []
     for compiled in ("false", "true"):
-        metrics = lora(checkpoint, tmp_path / compiled, f"compile={compiled}", f"eval_dataset={ROWS}", *keys)
+        keys = (NF4, "use_dora=true", f"compile={compiled}", f"eval_dataset={ROWS}", "max_steps=2")
+        metrics = lora(checkpoint, tmp_path / compiled, "eval_every_n_steps=2", *keys)
         found.append([*(line["loss"] for line in metrics), metrics[-1]["eval_loss"]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
@@ -367,7 +366,8 @@ from torchtune.recipes.lora_finetune import LoRAFinetuneParams, LoRAFinetuneReci
 class Telling(LoRAFinetuneRecipe):
     def cleanup(self):
         trained = [p.detach().float() for p in self._model.parameters() if p.requires_grad]
-        print("digest", hashlib.sha256(b"".join(p.numpy().tobytes() for p in trained)).hexdigest(), flush=True)
+        digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in trained)).hexdigest()
+        (self._output.path.parent / f"digest-{rank()}").write_text(digest)
         super().cleanup()
 
 
@@ -386,13 +386,12 @@ def test_two_ranks_hold_the_same_adapter(checkpoint, tmp_path):
     keys = ("param_dtype=bf16", "lora_dropout=0.1", "max_seq_len=128", "batch_size=1")
     done = finish(command(str(recipe), checkpoint, tmp_path / "out", *keys, ranks=2))
     assert done.returncode == 0, done.stderr
-    digests = [line for line in done.stdout.splitlines() if line.startswith("digest")]
-    assert len(digests) == 2
-    assert len(set(digests)) == 1
+    digests = [(tmp_path / f"digest-{rank}").read_text() for rank in (0, 1)]
+    assert digests[0] == digests[1]
 
 
 MEASURED_LOAD = """
-import gc, sys, threading, time
+import sys, threading, time
 import torch
 torch.set_num_threads(1)
 from torchtune.config.parse import parse_params
@@ -420,8 +419,7 @@ watcher.start()
 recipe.setup(params=params)
 done = True
 watcher.join()
-gc.collect()
-print("measured", peak - before, private_bytes() - before)
+print("measured", peak - before)
 recipe.cleanup()
 """
 
@@ -429,7 +427,7 @@ recipe.cleanup()
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_base_is_never_whole_in_high_precision(tmp_path):
-    """Private memory while 257 MB of bf16 are loaded as NF4: what it becomes, the largest tensor, and 40 MB to pack."""
+    """Private memory while 257 MB of bf16 are loaded as NF4: what they become, 40 MB to pack, and all else of a start."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     base = save_tiny_checkpoint(tmp_path / "base", tiny_config(**sizes | heads), dtype=torch.bfloat16)
@@ -438,8 +436,6 @@ def test_the_base_is_never_whole_in_high_precision(tmp_path):
     program = [sys.executable, "-c", MEASURED_LOAD, *keys_of(base, tmp_path / "out", NF4, "dtype=bf16", "lora_rank=8")]
     done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    peak, rest = (int(word) for word in done.stdout.split("measured ")[1].split())
-    held = 0.516 * num_bytes / 2
-    assert rest < held + 25e6  # the adapter, the tokenizer, the data
-    assert peak < held + 75e6 < num_bytes / 1.8
-    assert math.isfinite(peak)
+    peak = int(done.stdout.split("measured ")[1])
+    packed = 0.516 * num_bytes / 2
+    assert packed < peak < packed + 55e6 < 0.48 * num_bytes
