@@ -63,31 +63,39 @@ def adapted(
     config: LoRAConfig | None = None,
     *,
     adapter: Path | Adapter | None = None,
+    resumed: Path | None = None,
     frozen: Sequence[Adapter] = (),
-    pack: Callable[[Tensor], Tensor] | None = None,
-    packable: Collection[str] = (),
+    quantisation: tuple[Callable[[Tensor], Tensor], Callable[[CausalLM], Collection[str]]] | None = None,
     seed: int = 0,
 ) -> Adapted:
-    """The base with a fresh adapter, or with one that is given: by the recipe's steps, in its order."""
+    """The base with a fresh adapter, or with one that is given: by the recipe's steps, in its order.
+
+    Args:
+        adapter: what is gone on from.
+        resumed: the same run's own adapter.
+        quantisation: what packs a weight, and what names those that are packed.
+    """
     checkpoint = open_checkpoint(base)
     with torch.device("meta"):
         model = build_model(checkpoint.config)
     checkpoint.check(model)
     start = read_adapter(adapter, model) if isinstance(adapter, Path) else adapter
     config = start.config if start is not None else config or LoRAConfig(rank=4, alpha=6.0)
-    apply_lora(model, config)
+    apply_lora(model, config, is_given=start is not None)
     allocate_lora(model, device="cpu", dtype=torch.float32)
     torch.manual_seed(seed)
     init_lora(model, config.init)
+    if resumed is not None:
+        start = read_adapter(resumed, model)
     if start is not None:
-        fill(model, start)
+        fill(model, start, init=config.init)
     weights = BaseWeights(
         model,
         dtype=torch.float32,
         trained_dtype=torch.float32,
         frozen=frozen,
-        pack=pack,
-        packable=packable,
+        pack=None if quantisation is None else quantisation[0],
+        packable=() if quantisation is None else quantisation[1](model),
         whole=start.whole if start is not None else {},
         fresh=None if start is not None else config.init,
     )

@@ -109,6 +109,7 @@ WHOLE = {
     "embedding": ("llama", {"modules_to_save": ("embed_tokens",), "targets": ("mlp",)}),
     "both": ("llama", {"modules_to_save": ("embed_tokens", "lm_head"), "use_dora": True}),
     "norms": ("llama", {"modules_to_save": ("norm", "input_layernorm")}),
+    "attention": ("llama", {"modules_to_save": ("self_attn",), "targets": ("mlp",)}),
     "one norm": ("llama", {"modules_to_save": ("model.layers.0.input_layernorm",)}),
     "tied head": ("gemma", {"modules_to_save": ("lm_head",), "use_dora": True}),
     "tied embedding": ("gemma", {"modules_to_save": ("embed_tokens", "norm")}),
@@ -180,7 +181,7 @@ def test_we_read_a_tied_matrix_of_theirs(gemma, tmp_path, names):
         ),
         ("qwen3_moe", {"target_parameters": ["experts.gate_up_proj"], "alpha_pattern": {"experts.gate_up_proj": 9}}),
         ("gpt_oss", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "use_rslora": True}),
-        ("deepseek_v3", {"target_parameters": ["mlp.experts.down_proj"], "modules_to_save": ["lm_head"]}),
+        ("deepseek_v3", {"target_parameters": ["mlp.experts.down_proj"], "modules_to_save": ["lm_head", "gate"]}),
     ],
 )
 def test_we_read_experts_of_theirs(tmp_path, model_type, options):
@@ -193,11 +194,49 @@ def test_we_read_experts_of_theirs(tmp_path, model_type, options):
     check_same_logits(load_peft(tmp_path / "base", tmp_path / "ours"), theirs)
 
 
-def test_experts_of_one_layer(tmp_path):
-    """PEFT adapts the same layer's experts and no others."""
-    save_random(tmp_path / "base", config_of("mixtral"))
-    ours = write_ours(tmp_path / "base", tmp_path / "ours", targets=("experts", "o_proj"), layers=(1,))
-    check_same_logits(load_peft(tmp_path / "base", tmp_path / "ours"), ours.model)
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v2", "qwen2_moe", "qwen3_moe", "granitemoeshared"])
+@pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "gate_proj", "up_proj", "down_proj"]], ids=["all", "mlp"])
+def test_we_read_what_peft_makes_of_a_mixture(tmp_path, model_type, targets):
+    """It takes these names for the experts' stacks, and all linear layers for routers and gates of one output too."""
+    save_random(tmp_path / "base", config_of(model_type))
+    theirs = write_theirs(tmp_path / "base", tmp_path / "theirs", target_modules=targets)
+    ours = adapted(tmp_path / "base", adapter=tmp_path / "theirs")
+    check_same_logits(ours.model, theirs)
+    check_same_logits(load_theirs(ours.save_merged(tmp_path / "merged")), theirs)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("mixtral", {"targets": ("experts", "o_proj"), "layers": (1,)}),
+        ("mixtral", {"targets": ("all-linear", "experts", "gate"), "alpha_pattern": {"gate": 1.0}, "use_rslora": True}),
+        ("gpt_oss", {"targets": ("router", "experts.down_proj"), "rank_pattern": {r".*\.1\..*": 2}}),
+        ("llama4_text", {"targets": ("router", "q_proj")}),
+        ("glm4_moe", {"targets": ("mlp", "gate"), "layers": (0, 2)}),
+        ("granitemoe", {"targets": ("router",), "modules_to_save": ("experts",)}),
+        ("gpt_oss", {"targets": ("router",), "modules_to_save": ("self_attn",)}),
+        ("deepseek_v3", {"targets": ("attention",), "modules_to_save": ("gate", "kv_a_layernorm")}),
+        ("deepseek_v3", {"targets": ("attention",), "use_dora": True, "modules_to_save": ("shared_experts",)}),
+        ("qwen2_moe", {"targets": ("attention",), "dropout": 0.1, "modules_to_save": ("gate", "shared_expert_gate")}),
+    ],
+)
+def test_peft_reads_our_mixtures(tmp_path, model_type, options):
+    """Experts, routers and what stands beside them, in all layers or some; and the merged model is the same."""
+    save_random(tmp_path / "base", config_of(model_type))
+    ours = write_ours(tmp_path / "base", tmp_path / "ours", **options)
+    check_same_logits(load_peft(tmp_path / "base", tmp_path / "ours"), ours.model.eval())
+    check_same_logits(load_theirs(ours.save_merged(tmp_path / "merged")), ours.model)
+    check_same_logits(adapted(tmp_path / "base", adapter=tmp_path / "ours").model.eval(), ours.model, share=0)
+
+
+def test_dora_of_a_mixtures_mlp(tmp_path):
+    """PEFT takes its names for the experts' and has no DoRA there; merged it is what was trained."""
+    save_random(tmp_path / "base", config_of("deepseek_v3"))
+    ours = write_ours(tmp_path / "base", tmp_path / "ours", use_dora=True)
+    with pytest.raises(ValueError, match="use_dora"):
+        load_peft(tmp_path / "base", tmp_path / "ours")
+    check_same_logits(load_theirs(ours.save_merged(tmp_path / "merged")), ours.model)
+    check_same_logits(adapted(tmp_path / "base", adapter=tmp_path / "ours").model, ours.model, share=0)
 
 
 @pytest.mark.parametrize("model_type", sorted(FILES))

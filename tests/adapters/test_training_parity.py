@@ -7,9 +7,9 @@ import torch
 from peft import PeftConfig
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
-from tests.adapters.peft_oracle import adapted, load_peft, own_keys, token_ids, trained_parameters
+from tests.adapters.peft_oracle import adapted, load_peft, own_keys
+from tests.adapters.same_steps import check_same_steps, of_all
 from tests.models.oracle import save_random
 from tests.models.support import config_of
 from torchtune.adapters.config import LoRAConfig
@@ -17,69 +17,19 @@ from torchtune.recipes.lora_finetune import LoRAFinetuneParams
 from torchtune.recipes.lora_params import lora_groups
 from torchtune.training.optimizers import build_param_groups
 
-STEPS = 20
 ADAMW = partial(torch.optim.AdamW, lr=2e-3, weight_decay=0.1)
 SGD = partial(torch.optim.SGD, lr=2e-2, momentum=0.9)
 
 
-def batches():
-    """Ids [2, 12] and labels, of which each position says what comes next; some are not trained."""
-    for step in range(STEPS):
-        generator = torch.Generator().manual_seed(step)
-        ids = token_ids(2, 12, seed=step)
-        labels = torch.full_like(ids, -100)
-        labels[:, :-1] = torch.where(torch.rand(2, 11, generator=generator) < 0.7, ids[:, 1:], -100)
-        yield ids, labels
-
-
-def train_ours(model, optimizer):
-    """The loss of each step, the head fused with it as in the recipe."""
-    model.train()
-    losses = []
-    for ids, labels in batches():
-        optimizer.zero_grad()
-        loss = model(ids, labels=labels) / (labels != -100).sum()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def train_theirs(model, optimizer):
-    """The same, the loss written out. The model stays in evaluation: GPT-2 has dropout outside of its adapter."""
-    losses = []
-    for ids, labels in batches():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def check_same_training(folder, ours, theirs, optimizers):
-    """Losses and trained weights within 1e-4, whatever is trained moves, and both write the same names.
-
-    Args:
-        optimizers: what makes ours and theirs, of a model each.
-    """
-    begin = {name: parameter.detach().clone() for name, parameter in trained_parameters(ours.model).items()}
-    losses = train_ours(ours.model, optimizers[0](ours.model))
-    torch.testing.assert_close(losses, train_theirs(theirs, optimizers[1](theirs)), rtol=0, atol=1e-4)
-    still = [name for name, value in trained_parameters(ours.model).items() if value.equal(begin[name])]
-    assert begin
-    assert not still, f"did not move: {still}"
+    """As the steps are, so is what is written: the same names, and values within 1e-4."""
+    check_same_steps(ours.model, theirs, optimizers)
     ours.save(folder / "ours")
     theirs.save_pretrained(folder / "theirs")
     found, expected = (load_file(folder / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
     assert own_keys(found) == own_keys(expected)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-4, msg=lambda text, name=name: name + text)
-
-
-def of_all(build):
-    """Makes the optimizer of all that is trained."""
-    return lambda model: build(trained_parameters(model).values())
 
 
 PATTERNS = {"rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}, "alpha_pattern": {"o_proj": 1.0, "layers.1.mlp.*": 9}}
@@ -109,6 +59,7 @@ PATTERNS = {"rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}, "alpha_pattern":
         ("qwen3_moe", SGD, {"targets": ("experts.down_proj",), "alpha": 20.0}),
         ("gpt_oss", ADAMW, {"targets": ("experts", "o_proj"), "alpha_pattern": {"down_proj": 2.0}}),
         ("deepseek_v3", ADAMW, {"targets": ("all-linear", "experts")}),
+        ("qwen2_moe", ADAMW, {"targets": ("mlp", "gate"), "rank_pattern": {r".*\.1\..*": 2}}),
     ],
 )
 def test_trains_as_peft(tmp_path, model_type, optimizer, options):

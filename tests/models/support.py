@@ -52,6 +52,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 6},
     "glm": {"head_dim": 8},
     "glm4": {"head_dim": 8},
+    "glm4_moe": {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
     "gpt2": _MHA | {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64},
     "gpt_neox": {"num_attention_heads": 4, "hidden_dropout": 0.0},
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},

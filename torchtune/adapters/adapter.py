@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from torchtune.adapters.config import Init, LoRAConfig
-from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear
+from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear, RouterUpdate
 from torchtune.errors import CheckpointError
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.linear import Conv1D, Embedding
 from torchtune.modules.moe import Experts
-from torchtune.modules.stored import unstored_parameters
+from torchtune.modules.stored import stored_tensors, unstored_parameters
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Adapter:
     Attributes:
         config: its rank, alpha and so on; `targets` are the exact names in `updates`.
         updates: by the name of the layer in the model, or of a stack of experts (`PATH.down_proj`).
-        whole: parameters that were trained whole, by name in the model.
+        whole: parameters that were trained whole, by name in the model, and the buffers of their modules.
         base: the checkpoint that it belongs to, as it was named; None if that is not known.
     """
 
@@ -104,12 +104,20 @@ def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) 
             updates[name] = LowRankUpdate(a, b, module.scale, module.lora_magnitude_vector)
         elif isinstance(module, LoRAEmbedding):
             updates[name] = LowRankUpdate(module.lora_embedding_A, module.lora_embedding_B, module.scale)
+        elif isinstance(module, RouterUpdate):
+            updates[name.removesuffix(".update")] = LowRankUpdate(
+                module.lora_A.weight, module.lora_B.weight, module.scale
+            )
         elif isinstance(module, Experts):
             for kind, update in module.updates.items():
                 assert isinstance(update, ExpertsUpdate)
                 updates[f"{name}.{kind}"] = LowRankUpdate(update.lora_A.weight, update.lora_B.weight, update.scale)
     own = unstored_parameters(model)
     whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in own}
+    parents = {name.rpartition(".")[0] for name in whole}
+    for name, tensor in stored_tensors(model).items():  # a router's correction: PEFT has a module's buffers with it
+        if not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in parents:
+            whole[name] = tensor
     return Adapter(replace(config, targets=tuple(updates)), updates, whole, base)
 
 

@@ -59,7 +59,10 @@ class LoRAConfig:
 
 
 def _first_match(pattern: Mapping[str, Value], name: str, default: Value, *, key: str) -> Value:
-    try:
-        return next((value for ends, value in pattern.items() if re.fullmatch(rf"(.*\.)?({ends})", name)), default)
-    except re.error as error:
-        raise ConfigError(f"one of {list(pattern)} is no regular expression: {error}", key=key) from error
+    for ends, value in pattern.items():
+        try:
+            if re.fullmatch(rf"(.*\.)?({ends})", name):
+                return value
+        except re.error as error:
+            raise ConfigError(f"'{ends}' is no regular expression: {error.msg}", key=key) from error
+    return default

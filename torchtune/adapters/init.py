@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtune.adapters.config import Init
-from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear
+from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear, RouterUpdate
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import unstored_parameters
 
@@ -39,7 +39,7 @@ def init_lora(model: CausalLM, init: Init = "default") -> None:
             # The other way round than in linear layers, as in PEFT: A's columns are looked up, a token each.
             module.lora_embedding_A.zero_()
             module.lora_embedding_B.normal_()
-        elif isinstance(module, LoRALinear | ExpertsUpdate):
+        elif isinstance(module, LoRALinear | ExpertsUpdate | RouterUpdate):
             a, b = module.lora_A.weight, module.lora_B.weight
             if init == "gaussian":
                 a.normal_(std=1 / a.shape[-2])

@@ -18,10 +18,11 @@ from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.fused import lora_linear, lora_linear_of_silu_product, lora_linears
 from torchtune.adapters.low_rank import Adapted
 from torchtune.adapters.targets import Problems, Targets, find_targets, find_whole
+from torchtune.errors import did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.linear import Conv1D, Embedding, Linear
-from torchtune.modules.moe import Experts
+from torchtune.modules.moe import Experts, Router
 from torchtune.modules.packed import dense
 
 
@@ -144,6 +145,19 @@ class LoRAEmbedding(nn.Module):
         return F.embedding(input_ids, self.weight) + rows.to(self.weight.dtype)
 
 
+class RouterUpdate(nn.Module):
+    """The low-rank update of a router's logits: A is [r, D], B [E, r]."""
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, scale: float) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = Factor(rank, in_features), Factor(out_features, rank)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, E]."""
+        return F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)) * self.scale
+
+
 class ExpertsUpdate(nn.Module):
     """The low-rank update of one projection of all experts: A is [E, r, in], B [E, out, r]."""
 
@@ -158,11 +172,14 @@ class ExpertsUpdate(nn.Module):
         return grouped_linear(low, self.lora_B.weight, counts)
 
 
-def apply_lora(model: CausalLM, config: LoRAConfig) -> Targets:
+def apply_lora(model: CausalLM, config: LoRAConfig, *, is_given: bool = False) -> Targets:
     """Freeze `model` and give the layers that `config` names a trainable low-rank update.
 
     The model may be on the meta device. The update's values are set afterwards, by `init_lora` or from a file.
 
+    Args:
+        is_given: it is the config of an adapter that exists, so its ranks are what they are: others let them be
+            above a matrix, and what PiSSA has trained is of twice its rank.
     Returns:
         What was adapted.
     Raises:
@@ -174,9 +191,13 @@ def apply_lora(model: CausalLM, config: LoRAConfig) -> Targets:
     with problems.one():
         whole = find_whole(model, config.modules_to_save)
     with problems.one():  # a pattern that can't be compiled
+        if not is_given:
+            _check_ranks(model, config, targets, problems)
         _check(model, config, targets, whole, problems)
         if all_found and targets.names:
             _check_patterns(config, targets, problems)
+    if not config.targets and not config.modules_to_save:
+        problems.add("lora_targets", "names no layer, and modules_to_save no module: nothing would be trained")
     problems.raise_all()
     model.requires_grad_(False)
     for name in targets.linears:
@@ -192,6 +213,11 @@ def apply_lora(model: CausalLM, config: LoRAConfig) -> Targets:
     for name in targets.experts:
         path, _, kind = name.rpartition(".")
         _adapt_experts(model.get_submodule(path), kind, rank=config.rank_of(name), scale=config.scale_of(name))
+    for name in targets.routers:
+        router = model.get_submodule(name)
+        assert isinstance(router, Router)
+        with torch.device(router.weight.device):
+            router.update = RouterUpdate(*_sizes(model, name), rank=config.rank_of(name), scale=config.scale_of(name))
     for name in whole:
         model.get_submodule(name).requires_grad_(True)
     return targets
@@ -205,23 +231,27 @@ def _adapt_experts(experts: nn.Module, kind: str, *, rank: int, scale: float) ->
     experts.updates[kind] = update
 
 
-def _check(model: CausalLM, config: LoRAConfig, targets: Targets, whole: Sequence[str], problems: Problems) -> None:
-    """Ranks against matrices, and what does not go together; one of each kind is told."""
+def _check_ranks(model: CausalLM, config: LoRAConfig, targets: Targets, problems: Problems) -> None:
     too_small = [name for name in targets.names if not 1 <= config.rank_of(name) <= min(_sizes(model, name))]
     for name in too_small[:1]:
         num_in, num_out = _sizes(model, name)
         problems.add(
             "lora_rank",
-            f"rank {config.rank_of(name)} is more than '{name}' has: its matrix is {num_out} x {num_in}; give it at most "
+            f"rank {config.rank_of(name)} does not fit '{name}': its matrix is {num_out} x {num_in}; give it at most "
             f"{min(num_in, num_out)}, by lora_rank_pattern for this layer alone",
         )
+
+
+def _check(model: CausalLM, config: LoRAConfig, targets: Targets, whole: Sequence[str], problems: Problems) -> None:
+    """What does not go together; one of each kind is told."""
     inside = [(name, module) for name in targets.names for module in whole if f"{name}.".startswith(f"{module}.")]
     for name, module in inside[:1]:
         problems.add("modules_to_save", f"'{module}' is trained whole, so '{name}' takes no adapter too")
-    without = "experts" if targets.experts else "the embedding" if targets.embeddings else None
+    kinds = {"experts": targets.experts, "routers": targets.routers, "the embedding": targets.embeddings}
+    without = next((kind for kind, names in kinds.items() if names), None)
     for key, given in (("lora_dropout", config.dropout > 0), ("use_dora", config.use_dora)):
         if given and without:
-            problems.add(key, f"there is none on {without}, here or in PEFT; leave it out of lora_targets")
+            problems.add(key, f"there is none on {without}; leave it out of lora_targets")
     heads = [name for name in targets.linears if not model.is_tied and model.get_submodule(name) is model.lm_head]
     if heads and config.use_dora:
         problems.add("use_dora", f"there is none on the head ('{heads[0]}'); leave it out of lora_targets")
@@ -234,7 +264,9 @@ def _check_patterns(config: LoRAConfig, targets: Targets, problems: Problems) ->
         for ends, value in pattern.items():
             alone = replace(config, rank_pattern={}, alpha_pattern={ends: math.inf})
             if not any(alone.alpha_of(name) == math.inf for name in targets.names):
-                problems.add(key, f"'{ends}' ({value}) fits no adapted layer; one is '{targets.names[0]}'")
+                last = {name.rpartition(".")[2] for name in targets.names}
+                near = did_you_mean(ends.rpartition(".")[2], last)
+                problems.add(key, f"'{ends}' ({value}) fits no adapted layer; one is '{targets.names[0]}'{near}")
 
 
 def _sizes(model: CausalLM, name: str) -> tuple[int, int]:
@@ -246,5 +278,8 @@ def _sizes(model: CausalLM, name: str) -> tuple[int, int]:
     layer = model.get_submodule(name)
     if isinstance(layer, Embedding):
         return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Router):
+        num_experts, hidden_size = layer.weight.shape
+        return hidden_size, num_experts
     assert isinstance(layer, Linear | Conv1D)
     return layer.in_features, layer.out_features

@@ -3,17 +3,17 @@
 A target is a group (`all-linear`: the linear layers of all blocks; `attention`; `mlp`; `experts`), the end of a
 module's name (`q_proj`, `layers.0.self_attn.q_proj`), or a regular expression for the whole of it. Names are the
 checkpoint's. Groups leave out the head, embeddings and routers; stacks of experts are adapted where they are
-named (`experts`, `experts.down_proj`), since an adapter a matrix of each expert is large.
+named (`experts`, `experts.down_proj`), since an adapter a matrix of each expert is large, and so are routers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torchtune.errors import ConfigError, Problem, did_you_mean
+from torchtune.errors import ConfigError, Problem, did_you_mean, nearest
 from torchtune.modules.attention import Attention
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.mla import LatentAttention
@@ -31,16 +31,18 @@ class Targets:
         linears: linear layers.
         embeddings: embeddings.
         experts: stacked parameters of experts, `PATH.down_proj`.
+        routers: those that choose the experts.
     """
 
     linears: tuple[str, ...]
     embeddings: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        return (*self.linears, *self.embeddings, *self.experts)
+        return (*self.linears, *self.embeddings, *self.experts, *self.routers)
 
 
 def find_targets(
@@ -73,10 +75,8 @@ def find_targets(
         gathered.add(key, f"{both}; train it whole by modules_to_save")
     if problems is None:
         gathered.raise_all()
-    in_order = [
-        [name for name in kind if name in found] for kind in (places.linears, places.embeddings, places.experts)
-    ]
-    return Targets(*map(tuple, in_order))
+    kinds = (places.linears, places.embeddings, places.experts, places.routers)
+    return Targets(*(tuple(name for name in kind if name in found) for kind in kinds))
 
 
 class Problems(list[Problem]):
@@ -110,43 +110,41 @@ class _Places:
         self.embeddings = [name for name, module in modules.items() if module is model.model.embed_tokens]
         stacks = [name for name, module in modules.items() if isinstance(module, Experts)]
         self.experts = [f"{name}.{kind}" for name in stacks for kind in ("gate_up_proj", "down_proj")]
-        self.others = {name: type(module).__name__ for name, module in modules.items() if isinstance(module, Router)}
+        self.routers = [name for name, module in modules.items() if isinstance(module, Router)]
+        self.all = (*self.linears, *self.embeddings, *self.experts, *self.routers)
         prefix = next(name for name, module in modules.items() if module is model.model.layers)
         # A gate with one output (Qwen2-MoE's shared expert) is no layer that a group means.
         self.in_layers = [n for n in self.linears if n.startswith(f"{prefix}.") and modules[n].out_features > 1]
         attention = tuple(n for n, m in modules.items() if isinstance(m, Attention | LatentAttention))
         self.in_attention = [name for name in self.in_layers if _is_inside(name, attention)]
 
+        in_mlp = [name for name in self.in_layers if name not in set(self.in_attention)]
+        kinds = (self.in_layers, self.in_attention, in_mlp, self.experts)
+        self.groups = {group: names for group, names in zip(GROUPS, kinds, strict=True) if names}
+
     def matching(self, target: str, key: str) -> set[str]:
         """The names that one target means; at least one."""
-        groups: dict[str, Callable[[], list[str]]] = {
-            "all-linear": lambda: self.in_layers,
-            "attention": lambda: self.in_attention,
-            "mlp": lambda: [name for name in self.in_layers if name not in set(self.in_attention)],
-            "experts": lambda: self.experts,
-        }
-        if target in groups:
-            found = set(groups[target]())
-            if not found:
-                raise ConfigError(f"this model has nothing that '{target}' names{self._known(target)}", key=key)
-            return found
+        if target in self.groups:
+            return set(self.groups[target])
         if PLAIN_NAME.fullmatch(target):
             # Experts' parameters have the names of other models' layers, so their own last name is not enough.
-            named = [*self.linears, *self.embeddings, *(self.experts if "." in target else ())]
-            found = {name for name in named if ends_with(name, target)}
+            found = {name for name in self.all if ends_with(name, target)}
+            found -= set() if "." in target else set(self.experts)
         else:
             try:
                 pattern = re.compile(target)
             except re.error as error:
                 raise ConfigError(f"'{target}' is no regular expression: {error}", key=key) from error
-            found = {name for name in (*self.linears, *self.embeddings, *self.experts) if pattern.fullmatch(name)}
+            found = {name for name in self.all if pattern.fullmatch(name)}
         if not found:
             raise ConfigError(self._why_not(target), key=key)
         return found
 
     def _why_not(self, target: str) -> str:
-        if any(ends_with(name, target) for name in self.others):
-            return f"'{target}' is a router, which takes no adapter; modules_to_save trains it whole"
+        if not target:
+            return "an empty name names no layer"
+        if target in GROUPS:
+            return f"this model has nothing that '{target}' names{self._known(target)}"
         if self.model.is_tied and target in ("lm_head", "embed_out"):
             return (
                 f"'{target}' is tied to the embedding and owns no weight, so it takes no adapter; "
@@ -157,9 +155,19 @@ class _Places:
         return f"no layer of this model is called '{target}'{self._known(target)}"
 
     def _known(self, target: str) -> str:
-        last = {name.rpartition(".")[2] for name in self.linears}
-        last |= {".".join(name.split(".")[-2:]) for name in self.experts}
-        return did_you_mean(target.rpartition(".")[2], last | set(GROUPS))
+        """The nearest name: one of as many parts, where it has several, or the last part of one, or a group."""
+        target = target.removesuffix(".weight")
+        num_parts, last = target.count(".") + 1, target.rpartition(".")[2]
+        alike = sorted({".".join(name.split(".")[-num_parts:]) for name in self.all if num_parts > 1})
+        alike = [name for name in alike if not name[0].isdigit()]
+        same = [name for name in alike if ends_with(name, last)]
+        if near := nearest(target, same) or nearest(target, alike) or next(iter(same), None):
+            return f"; did you mean '{near}'?"
+        in_stacks = {".".join(name.split(".")[-2:]) for name in self.experts}
+        if stack := next((name for name in sorted(in_stacks) if ends_with(name, last)), None):
+            return f"; did you mean '{stack}'?"
+        known = {name.rpartition(".")[2] for name in self.all if name not in self.experts}
+        return did_you_mean(last, known | in_stacks | set(self.groups))
 
 
 def find_whole(model: CausalLM, names: Sequence[str], *, key: str = "modules_to_save") -> list[str]:
@@ -180,6 +188,7 @@ def find_whole(model: CausalLM, names: Sequence[str], *, key: str = "modules_to_
             matching = [embedding]
         if not matching:
             last = {name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()}
+            last |= {"lm_head"} if model.is_tied else set()
             problems.add(key, f"no module of this model is called '{wanted}'{did_you_mean(wanted, last)}")
         found += [name for name in matching if name not in found]
     problems.raise_all()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.moe import Experts
+from torchtune.modules.moe import Experts, Router
 from torchtune.modules.stored import stored_tensors
 
 CONFIG = "adapter_config.json"
@@ -24,9 +24,10 @@ class PeftNames:
         theirs: by our names, those of modules and of stored tensors.
         ours: the inverse.
         experts: our names of stacks of experts.
+        routers: our names of routers.
         embedding: our name of the embedding.
         head: the head's name, also where it is tied.
-        adaptable: our names of linear layers and the embedding.
+        adaptable: our names of linear layers, routers and the embedding.
     """
 
     def __init__(self, model: CausalLM) -> None:
@@ -36,10 +37,11 @@ class PeftNames:
         self.theirs = {name: self._rename(name) for name in [*self.modules, *self.stored] if name}
         self.ours = {theirs: name for name, theirs in self.theirs.items()}
         self.experts = {name for name, module in self.modules.items() if isinstance(module, Experts)}
+        self.routers = {name for name, module in self.modules.items() if isinstance(module, Router)}
         self.embedding = next(n for n, module in self.modules.items() if module is model.model.embed_tokens)
         self.head = next((n for n, m in self.modules.items() if not model.is_tied and m is model.lm_head), "lm_head")
         linears = [name for name, module in self.modules.items() if getattr(module, "is_linear", False)]
-        self.adaptable = [*linears, self.embedding]
+        self.adaptable = [*linears, *self.routers, self.embedding]
 
     def of_update(self, name: str) -> str:
         """Their name of what has an update: a layer, or a stacked parameter of experts."""

@@ -208,6 +208,8 @@ class _Reader(PeftNames):
             b = b.unflatten(1, (rank, experts.num_experts)).permute(2, 0, 1).contiguous()  # [E, out, r]
         elif name == self.embedding:
             in_features, out_features = self.model.model.embed_tokens.weight.shape
+        elif name in self.routers:
+            out_features, in_features = self.modules[name].weight.shape
         else:
             in_features, out_features = self.modules[name].in_features, self.modules[name].out_features
         if (a.shape[-1], b.shape[-2]) != (in_features, out_features) or a.shape[-2] != b.shape[-1]:
@@ -264,7 +266,7 @@ class _Reader(PeftNames):
         alphas = {name: adapter.config.alpha_of(self._key(name)) for name in adapter.updates}
         ranks = {name: update.rank for name, update in adapter.updates.items()}
         rank, alpha = most_common(ranks.values(), self.rank), most_common(alphas.values(), self.alpha)
-        modules = {name.removesuffix(".weight").removesuffix(".bias") for name in adapter.whole}
+        modules = {name.rpartition(".")[0] for name in adapter.whole}
         adapter.config = LoRAConfig(
             rank=rank,
             alpha=alpha,

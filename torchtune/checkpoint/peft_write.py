@@ -86,7 +86,7 @@ class _Writer(PeftNames):
         }
 
     def _target_modules(self) -> list[str]:
-        adapted = [self.theirs[n] for n in self.adapter.updates if n in self.modules and not self._is_mistaken(n)]
+        adapted = [self.theirs[n] for n in self.adapter.updates if n in self.modules and not self._is_by_weight(n)]
         return self._shortest(adapted, [self.theirs[name] for name in self.adaptable], ends_with)
 
     def _target_parameters(self) -> list[str]:
@@ -95,18 +95,21 @@ class _Writer(PeftNames):
         last = {".".join(name.split(".")[-3:]) for name in stacks}  # mlp.experts.down_proj
         if {name for name in known if any(ends_with(name, end) for end in last)} == set(stacks):
             stacks = sorted(last)
-        return [*stacks, *(self._key(name) for name in self.adapter.updates if self._is_mistaken(name))]
+        return [*stacks, *(self._key(name) for name in self.adapter.updates if self._is_by_weight(name))]
 
     def _key(self, name: str) -> str:
         """What PEFT looks an update up by: its layer's name, or its parameter's."""
-        return f"{self.theirs[name]}.weight" if self._is_mistaken(name) else self.of_update(name)
+        return f"{self.theirs[name]}.weight" if self._is_by_weight(name) else self.of_update(name)
 
-    def _is_mistaken(self, name: str) -> bool:
-        """Whether PEFT takes a layer's name, however it is written, for the experts' of the same last name.
+    def _is_by_weight(self, name: str) -> bool:
+        """Whether PEFT is told a layer by its weight's name, with no dropout and no DoRA then.
 
-        It reads its weight's name as it stands, but has no dropout and no DoRA for it then.
+        Routers are no layers there; and a layer's name, however it is written, it takes for the experts' of the same
+        last name.
         """
         config = self.adapter.config
+        if name in self.routers:
+            return True
         called_so = name in self.modules and name.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")
         return bool(self.experts) and called_so and not config.dropout and not config.use_dora
 
@@ -114,6 +117,7 @@ class _Writer(PeftNames):
         modules = {self.theirs[name.rpartition(".")[0]] for name in self.adapter.whole}
         if self.model.is_tied and self.theirs[self.embedding] in modules:
             modules.add(self.head)
+        modules = {name for name in modules if not any(name.startswith(f"{other}.") for other in modules)}
         names = [name for name in self.theirs.values() if name not in self.stored]
         # PEFT compares without a dot here: `norm` would be `input_layernorm` too.
         return self._shortest(sorted(modules), [*names, self.head], str.endswith) or None

@@ -49,7 +49,7 @@ class Router(nn.Module):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
         self.choose = choose
-        self.register_module("update", None)
+        self.update: nn.Module | None = None
         self.has_correction = has_correction
         if has_correction:
             self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))

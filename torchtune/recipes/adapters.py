@@ -83,7 +83,7 @@ def check_adapters(params: LoRAParams, checkpoint: Checkpoint, model: CausalLM) 
                 say(f"the vocabulary grows, so {' and '.join(grown)} are trained whole and saved with the adapter")
             apply_lora(model, config)
         elif start := read("adapter", params.adapter):
-            apply_lora(model, _going_on(params, start, model))
+            apply_lora(model, _going_on(params, start, model), is_given=True)
     problems.raise_all()
 
 

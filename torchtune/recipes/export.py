@@ -241,7 +241,7 @@ class ExportRecipe:
         """Reads it and merges the adapters, by the way that the run that trained the last one went."""
         *frozen, last = self._adapters
         model, stored = self._model, self._stored()
-        apply_lora(model, last.config)
+        apply_lora(model, last.config, is_given=True)
         allocate_lora(model, device="cpu", dtype=torch.float32)
         quantised = self._quantization != "none"
         fill(model, last)

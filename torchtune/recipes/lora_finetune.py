@@ -166,7 +166,7 @@ class LoRAFinetuneRecipe:
         self._checkpoint.check(model, self._tokenizer)
         adapters = open_adapters(params, model)
         self._lora = adapters.config
-        apply_lora(model, self._lora)
+        apply_lora(model, self._lora, is_given=adapters.start is not None)
         if params.enable_activation_checkpointing:
             apply_activation_checkpointing(model.model.layers)
         if params.compile:
