@@ -73,30 +73,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight: Tensor | None = None
         grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs_bias else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        # One buffer for all chunks: on the CPU a fresh one of this size costs more in page faults than its use.
-        buffer = torch.empty(min(chunk_size, hidden.shape[0]), weight.shape[0], dtype=wide, device=hidden.device)
+        # Two buffers for all chunks: on the CPU a fresh one of this size costs more in page faults than its use.
+        shape = (min(chunk_size, hidden.shape[0]), weight.shape[0])
+        buffer = torch.empty(shape, dtype=wide, device=hidden.device)
+        narrow_buffer = buffer if hidden.dtype == wide else torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             labels = targets[rows, None]
-            logits = buffer[: labels.shape[0]].copy_(hidden[rows] @ weight_cast.T)  # [n, V]
+            logits, narrow = buffer[: labels.shape[0]], narrow_buffer[: labels.shape[0]]  # [n, V]
+            torch.mm(hidden[rows], weight_cast.T, out=narrow)
             if low is not None and up is not None:
-                logits.add_(low[rows] @ up.T)
+                narrow.addmm_(low[rows], up.T)
+            if narrow_buffer is not buffer:
+                logits.copy_(narrow)
             if bias is not None:
                 logits.add_(bias)
             if softcap is not None:
                 logits.div_(softcap).tanh_().mul_(softcap)
                 slope = 1 - (logits / softcap).square()  # of the capped by the plain logit
-            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_z - logits.gather(1, labels)).sum()
+            largest, of_targets = logits.amax(-1, keepdim=True), logits.gather(1, labels)
+            sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+            total += (sums.log() + largest - of_targets).sum()
             if not any((needs_hidden, needs_weight, needs_bias, needs_low, needs_up)):
                 continue
-            grad_logits = logits.sub_(log_z).exp_()
-            grad_logits.scatter_add_(1, labels, torch.full_like(log_z, -1.0))
+            grad_logits = logits.div_(sums)
+            grad_logits.scatter_add_(1, labels, torch.full_like(sums, -1.0))
             if softcap is not None:
                 grad_logits.mul_(slope)
             if grad_bias is not None:
                 grad_bias.add_(grad_logits.sum(0))
-            grad_logits = grad_logits.to(hidden.dtype)
+            grad_logits = grad_logits if narrow_buffer is buffer else narrow.copy_(grad_logits)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
             if grad_low is not None and up is not None:
