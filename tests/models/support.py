@@ -17,13 +17,29 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from tests.models.oracle import HEADS, SIZES, check_against_transformers, check_cached, check_packed, check_round_trip
+from tests.adapters.peft_oracle import (
+    adapted,
+    check_same_logits,
+    load_peft,
+    load_theirs,
+    token_ids,
+    trained_parameters,
+)
+from tests.models.oracle import (
+    HEADS,
+    SIZES,
+    check_against_transformers,
+    check_cached,
+    check_packed,
+    check_round_trip,
+    save_random,
+)
 from torchtune.checkpoint.gguf_architectures import ARCHITECTURES
 from torchtune.models.build import FILES, find_family
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
-COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in")
-NOT_YET = ("LoRA", "TP", "GGUF out")
+COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in", "LoRA")
+NOT_YET = ("TP", "GGUF out")
 BEGIN, END = "<!-- made by tests/models/support.py -->\n", "<!-- end -->\n"
 
 _MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -105,9 +121,23 @@ def row(model_type: str, folder: Path) -> str:
         _tried(lambda: check_cached(model)),
         _tried(lambda: check_round_trip(folder / "saved", config)),
         "as `llama`" if model_type == "mistral" else "yes" if readable else "no",
+        _tried(lambda: check_lora(folder / "lora", config)),
     ]
     found += ["not yet"] * len(NOT_YET)
     return f"| `{model_type}` | {find_family(model_type).covers} | {' | '.join(found)} |\n"
+
+
+def check_lora(folder: Path, config: Any) -> None:
+    """Linear layers adapted and a step trained: PEFT gives our logits for the saved adapter, the merged model too."""
+    save_random(folder / "base", config)
+    ours = adapted(folder / "base")
+    ids = token_ids(2, 12)
+    ours.model(ids, labels=ids.roll(-1, 1)).backward()
+    torch.optim.AdamW(trained_parameters(ours.model).values(), lr=0.1).step()
+    fresh = adapted(folder / "base").model
+    assert not torch.allclose(ours.model(ids), fresh(ids), rtol=0.01), "the step changed nothing"
+    check_same_logits(load_peft(folder / "base", ours.save(folder / "adapter")), ours.model, what="logits in PEFT")
+    check_same_logits(load_theirs(ours.save_merged(folder / "merged")), ours.model, what="logits of the merged model")
 
 
 def _tried(check: Callable[[], None]) -> str:
