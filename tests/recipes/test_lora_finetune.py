@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import GPT2Config, MixtralConfig
 
 from tests.models.oracle import HEADS, SIZES
@@ -324,11 +325,13 @@ def test_dropout_acts_in_training_alone(checkpoint, held_out, tmp_path):
 def test_compiled_losses_are_the_plain_ones(checkpoint, tmp_path):
     """Within 1e-4, with an evaluation at the end; plain LoRA is compiled in test_lora_cases.py (C083)."""
     found = []
+    counters.clear()
     for compiled in ("false", "true"):
         keys = (NF4, "use_dora=true", f"compile={compiled}", f"eval_dataset={ROWS}", "max_steps=2")
         metrics = lora(checkpoint, tmp_path / compiled, "eval_every_n_steps=2", *keys)
         found.append([*(line["loss"] for line in metrics), metrics[-1]["eval_loss"]])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert counters["frames"]["ok"] > 0, "nothing was compiled"
 
 
 def command(recipe, checkpoint, out, *keys, ranks):

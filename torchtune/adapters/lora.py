@@ -73,26 +73,28 @@ class LoRALinear(nn.Module):
         adapter_input = self.dropout(x) if self.dropout is not None and self.training else None
         w, a, b = self.weight, self.lora_A.weight, self.lora_B.weight
         bias = None if self.lora_magnitude_vector is not None else self.bias
+        stretch = self._stretch()
         out = lora_linear(x, w, bias, a, b, self.scale, transposed=self.transposed, adapter_input=adapter_input)
-        return self._with_magnitude(out)
+        return self._stretched(out, stretch)
 
     @staticmethod
     def together(layers: Sequence[LoRALinear], x: Tensor) -> Sequence[Tensor]:
         """The outputs of several layers for the same x."""
         if any(layer.dropout is not None and layer.training for layer in layers):
             return [layer(x) for layer in layers]  # each drops other inputs
+        stretches = [layer._stretch() for layer in layers]
         outputs = lora_linears(x, [layer._adapted() for layer in layers])
-        return [layer._with_magnitude(out) for layer, out in zip(layers, outputs, strict=True)]
+        return [layer._stretched(out, s) for layer, out, s in zip(layers, outputs, stretches, strict=True)]
 
     def of_silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
         """The output for silu(gate) * up, which is not kept."""
         if self.transposed or (self.dropout is not None and self.training):
             return self(F.silu(gate) * up)
-        adapted = self._adapted()
+        adapted, stretch = self._adapted(), self._stretch()
         out = lora_linear_of_silu_product(
             gate, up, adapted.weight, adapted.bias, adapted.lora_a, adapted.lora_b, adapted.scale
         )
-        return self._with_magnitude(out)
+        return self._stretched(out, stretch)
 
     def low_rank(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """For a head: u [..., r] and B [out, r] in x's type, where the update of the output is u B^T."""
@@ -118,10 +120,18 @@ class LoRALinear(nn.Module):
         bias = None if self.lora_magnitude_vector is not None else self.bias
         return Adapted(self.weight, bias, self.lora_A.weight, self.lora_B.weight, self.scale, self.transposed)
 
-    def _with_magnitude(self, out: Tensor) -> Tensor:
-        if self.lora_magnitude_vector is None:
+    def _stretch(self) -> Tensor | None:
+        """[out], DoRA's magnitude over the length that each row has.
+
+        Made before the fused update: torch.compile would else take the scale, which both use, out of the update's own
+        graph, where it can't be had from.
+        """
+        return None if self.lora_magnitude_vector is None else self.lora_magnitude_vector / self.row_norms()
+
+    def _stretched(self, out: Tensor, stretch: Tensor | None) -> Tensor:
+        if stretch is None:
             return out
-        out = out * (self.lora_magnitude_vector / self.row_norms()).to(out.dtype)
+        out = out * stretch.to(out.dtype)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 

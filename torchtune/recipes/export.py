@@ -247,14 +247,14 @@ class ExportRecipe:
         fill(model, last)
         if quantised and self._takes_part_out():
             split_pissa(model)
-        double = bool(self._run.get("double_quantization", True))
+        double, packed = bool(self._run.get("double_quantization", True)), packable(model) if quantised else []
         base = BaseWeights(
             model,
             dtype=torch.float32,
             trained_dtype=torch.float32,
             frozen=frozen,
             pack=packer(self._quantization, double_quantization=double) if quantised else None,
-            packable=packable(model) if quantised else (),
+            packable=packed,
             whole=last.whole,
         )
         merged = MergedWeights(model, last.config, base, lambda name: stored(name, model.get_parameter(name)))
@@ -262,8 +262,9 @@ class ExportRecipe:
         def value(name: str, held: Tensor) -> Tensor:
             if not isinstance(held, nn.Parameter):
                 return stored(name, held)
-            placed = base(name, stored(name, held))
-            return merged(name, nn.Parameter(placed, held.requires_grad))
+            if name in packed or held.requires_grad:
+                held = nn.Parameter(base(name, stored(name, held)), held.requires_grad)
+            return merged(name, held)
 
         return value
 
