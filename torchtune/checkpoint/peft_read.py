@@ -16,12 +16,12 @@ from torchtune.adapters.targets import ends_with
 from torchtune.checkpoint.folder import open_files
 from torchtune.checkpoint.headers import WeightSource, read_json
 from torchtune.checkpoint.hub import resolve
+from torchtune.checkpoint.peft_config import lora_config, target_parameters
 from torchtune.checkpoint.peft_names import CONFIG, PREFIX, WEIGHTS, PeftNames, most_common
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.moe import Experts
 
-PEFT_DEFAULTS = {"r": 8, "lora_alpha": 8}
 # Keys of adapter_config.json with which the adapter computes otherwise than here, and the values that are no such.
 UNSUPPORTED = {
     "bias": (None, "none"),
@@ -104,10 +104,7 @@ class _Reader(PeftNames):
     def __init__(self, model: CausalLM, config: Mapping[str, Any]) -> None:
         super().__init__(model)
         self.given = config
-        # vLLM's and others' spellings: numbers as text, keys left out (PEFT's defaults then).
-        self.rank = int(self._number("r", PEFT_DEFAULTS["r"]))
-        self.alpha = self._number("lora_alpha", PEFT_DEFAULTS["lora_alpha"])
-        self.parameters = [str(name) for name in config.get("target_parameters") or ()]
+        self.config, self.parameters = lora_config(config), target_parameters(config)
 
     def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
         parts: dict[str, dict[str, Tensor]] = {}
@@ -118,41 +115,14 @@ class _Reader(PeftNames):
                 parts.setdefault(name[: match.start()], {})[match[1] or match[3]] = tensor
             elif ".base_layer." not in f".{name}":  # PEFT's copies of an adapted embedding or head
                 whole[name.replace(".modules_to_save", "")] = tensor
-        config = self._config()
         updates = {}
         for theirs, found in parts.items():
             name = self._layer(theirs, found)
-            updates[name] = self._update(name, theirs, found, config)
+            updates[name] = self._update(name, theirs, found)
         if not updates and not whole:
             raise CheckpointError("holds no tensor of an adapter")
-        adapter = Adapter(config, updates, self._whole(whole), self.given.get("base_model_name_or_path"))
+        adapter = Adapter(self.config, updates, self._whole(whole), self.given.get("base_model_name_or_path"))
         return self._with_exact_names(adapter)
-
-    def _config(self) -> LoRAConfig:
-        return LoRAConfig(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self._number("lora_dropout", 0.0),
-            use_rslora=bool(self.given.get("use_rslora")),
-            use_dora=bool(self.given.get("use_dora")),
-            rank_pattern={ends: int(value) for ends, value in self._pattern("rank_pattern").items()},
-            alpha_pattern=self._pattern("alpha_pattern"),
-        )
-
-    def _number(self, key: str, default: float) -> float:
-        value = self.given.get(key)
-        return default if value is None else _as_number(key, value)
-
-    def _pattern(self, key: str) -> dict[str, float]:
-        given = self.given.get(key) or {}
-        if not isinstance(given, Mapping):
-            raise CheckpointError(f"{CONFIG}: {key}: {given} gives no numbers by names")
-        for ends in given:
-            try:
-                re.compile(ends)
-            except re.error as error:
-                raise CheckpointError(f"{CONFIG}: {key}: '{ends}' is no regular expression: {error}") from error
-        return {ends: _as_number(f"{key}: {ends}", value) for ends, value in given.items()}
 
     def _layer(self, theirs: str, found: Mapping[str, Tensor]) -> str:
         """The name in our model of the layer that these tensors belong to."""
@@ -163,8 +133,9 @@ class _Reader(PeftNames):
             for part in pair:
                 if part not in found:
                     raise CheckpointError(f"'{theirs}.{part}' is missing")
-                if found[part].dim() != 2:
-                    raise CheckpointError(f"'{theirs}.{part}' is {tuple(found[part].shape)}, which is no matrix")
+                if found[part].dim() != 2 or not found[part].is_floating_point():
+                    kind = f"{tuple(found[part].shape)} of {found[part].dtype}"
+                    raise CheckpointError(f"'{theirs}.{part}' is {kind}, which is no matrix of floats")
         if self.model.is_tied and (name == self.embedding or path == self.head):
             raise CheckpointError(f"has an update of '{path}', which unties it from what it is tied to{UNTIED}")
         if name is None or name not in {*self.adaptable, *self.experts}:
@@ -193,7 +164,7 @@ class _Reader(PeftNames):
                 return kind
         raise CheckpointError(f"has an update of '{name}' of other sizes than this model's experts: another base")
 
-    def _update(self, name: str, theirs: str, found: Mapping[str, Tensor], config: LoRAConfig) -> LowRankUpdate:
+    def _update(self, name: str, theirs: str, found: Mapping[str, Tensor]) -> LowRankUpdate:
         pair = ("lora_embedding_A", "lora_embedding_B") if name == self.embedding else ("lora_A", "lora_B")
         a, b = (found[part] for part in pair)
         path, _, kind = name.rpartition(".")
@@ -217,7 +188,7 @@ class _Reader(PeftNames):
                 f"is an adapter for another base: its '{theirs}' is {b.shape[-2]} x {a.shape[-1]} of rank "
                 f"{a.shape[-2]}, this model's {out_features} x {in_features}"
             )
-        key = self._key(name)
+        key, config = self._key(name), self.config
         if config.rank_of(key) != a.shape[-2]:
             raise CheckpointError(
                 f"'{theirs}' has rank {a.shape[-2]} in {WEIGHTS[0]}, and {CONFIG} says {config.rank_of(key)}"
@@ -265,7 +236,10 @@ class _Reader(PeftNames):
         """The config by our names: one pattern a layer that is not as most are."""
         alphas = {name: adapter.config.alpha_of(self._key(name)) for name in adapter.updates}
         ranks = {name: update.rank for name, update in adapter.updates.items()}
-        rank, alpha = most_common(ranks.values(), self.rank), most_common(alphas.values(), self.alpha)
+        rank, alpha = (
+            most_common(ranks.values(), adapter.config.rank),
+            most_common(alphas.values(), adapter.config.alpha),
+        )
         modules = {name.rpartition(".")[0] for name in adapter.whole}
         adapter.config = LoRAConfig(
             rank=rank,
@@ -279,10 +253,3 @@ class _Reader(PeftNames):
             modules_to_save=tuple(sorted(modules)),
         )
         return adapter
-
-
-def _as_number(key: str, value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]  # what is no number raises
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{CONFIG}: {key}: '{value}' is no number") from error
