@@ -226,13 +226,29 @@ def test_case_c126_a_path_is_told(checkpoint, tmp_path, capsys, monkeypatch):
     assert f"will name its base by its path here, {checkpoint};" in capsys.readouterr().err
     merged = export("merged", "adapter=run/step_1")
     assert paths_in(merged) == []
+    cached = shutil.copytree(checkpoint, tmp_path / "models--org--tiny" / "snapshots" / "1")
     named = shutil.copytree(checkpoint, tmp_path / "named")
     config = json.loads((named / "config.json").read_text())
     (named / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/tiny"}))
-    capsys.readouterr()
-    lora("named", "second", "max_steps=1")
-    assert "by its path" not in capsys.readouterr().err
-    assert paths_in("second/step_1") == []
+    for name, base in {"second": "named", "third": cached}.items():
+        capsys.readouterr()
+        lora(base, name, "max_steps=1")
+        assert "by its path" not in capsys.readouterr().err
+        written = json.loads(Path(name, "step_1", "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == "org/tiny"
+        assert paths_in(f"{name}/step_1") == []
+
+
+def test_case_c126_a_path_in_the_bases_config_is_told(checkpoint, tmp_path, capsys):
+    """What transformers once wrote there goes into the merged model's config, as every field does."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/somebody/model"}))
+    lora(base, tmp_path / "run", "max_steps=1", "save_merged=true")
+    assert "keeps the base's _name_or_path, /home/somebody/model" in capsys.readouterr().err
+    folder = export(tmp_path / "out", f"adapter={tmp_path}/run/step_1")
+    assert "keeps the base's _name_or_path, /home/somebody/model" in capsys.readouterr().err
+    assert paths_in(folder) == ["/home/somebody/model"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

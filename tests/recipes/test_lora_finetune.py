@@ -63,8 +63,8 @@ def models(checkpoint, untied, tmp_path_factory):
 # By what is special: the model, the keys, and what the adapter then holds besides the seven linears of each layer.
 KINDS = {
     "plain": ("tied", ()),
-    "gaussian": ("tied", ("lora_init=gaussian",)),
-    "rslora": ("tied", ("use_rslora=true",)),
+    "gaussian": ("tied", ("lora_init=gaussian", "lora_alpha=7")),
+    "rslora": ("tied", ("use_rslora=true", "lora_alpha=5.5")),
     "dora": ("tied", ("use_dora=true",)),
     "pissa": ("tied", ("lora_init=pissa",)),
     "attention": ("tied", ("lora_targets=attention",)),

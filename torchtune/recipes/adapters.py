@@ -117,6 +117,13 @@ def tell_local_base(checkpoint: Checkpoint) -> None:
         )
 
 
+def tell_carried_path(checkpoint: Checkpoint) -> None:
+    """Say so where the config of a merged model, which is the base's, holds a path."""
+    named = checkpoint.config.get("_name_or_path")
+    if isinstance(named, str) and Path(named).is_absolute():
+        say(f"config.json keeps the base's _name_or_path, {named}: a path of the machine that the base was saved on")
+
+
 def fingerprint(checkpoint: Checkpoint, frozen_adapters: Sequence[str] = ()) -> str:
     """Tells whether a run stands on the same weights: all names and shapes, small tensors whole, adapters whole.
 

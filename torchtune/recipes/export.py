@@ -42,7 +42,7 @@ from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import stored_pieces
 from torchtune.quantization.kinds import packable, packer
-from torchtune.recipes.adapters import base_name, tell_local_base, warn_of_other_base
+from torchtune.recipes.adapters import base_name, tell_carried_path, tell_local_base, warn_of_other_base
 from torchtune.training.precision import dtype_name, get_dtype
 from torchtune.training.progress import say
 
@@ -211,6 +211,7 @@ class ExportRecipe:
             save_adapter(folder, replace(self._adapters[0], base=base_name(self._checkpoint)), self._model)
             save_text_files(folder, self._checkpoint)
             return
+        tell_carried_path(self._checkpoint)
         dtype = None if self._params.dtype == "auto" else get_dtype(self._params.dtype)
         values = self._within_range(self._merged() if self._adapters else self._stored(), dtype)
         save_model(folder, self._model, self._checkpoint, dtype=dtype, values=values)

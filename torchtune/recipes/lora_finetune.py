@@ -46,6 +46,7 @@ from torchtune.recipes.adapters import (
     check_same_base,
     fingerprint,
     open_adapters,
+    tell_carried_path,
     tell_local_base,
 )
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
@@ -218,6 +219,8 @@ class LoRAFinetuneRecipe:
         trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
         decided = {"seed": self.state.seed, "dtype": dtype_name(self._dtype), "trained_parameters": trained}
         tell_local_base(self._checkpoint)
+        if params.save_merged:
+            tell_carried_path(self._checkpoint)
         self._output.write_config(params, decided | self._batching.as_dict() | self._optimization.decided())
         self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
         self._open.callback(self.metric_loggers.close)
