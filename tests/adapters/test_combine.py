@@ -147,15 +147,16 @@ def test_several_frozen_adapters_below_another(llama, tmp_path):
     check_same_logits(load_theirs(ours.save_merged(tmp_path)), theirs)
 
 
-def test_dora_is_merged_in_order(llama, tmp_path):
-    """A frozen DoRA adapter's rows have its lengths before the next comes on top."""
+def test_frozen_adapters_are_merged_in_their_order(llama, tmp_path):
+    """A DoRA adapter gives its lengths to the rows with what came before it, and not with what comes after."""
     dora = adapted(llama / "base", LoRAConfig(rank=3, alpha=5.0, use_dora=True))
     disturb(dora.model)
     dora.save(tmp_path / "dora")
-    dora.save_merged(tmp_path / "merged")
-    (frozen,) = [read_adapter(tmp_path / "dora", meta_model(llama / "base"))]
-    ours = adapted(llama / "base", adapter=llama / "a", frozen=[frozen])
-    check_same_logits(ours.model, adapted(tmp_path / "merged", adapter=llama / "a").model)
+    first = adapted(llama / "base", adapter=llama / "b").save_merged(tmp_path / "first")
+    second = adapted(first, adapter=tmp_path / "dora").save_merged(tmp_path / "second")
+    frozen = [read_adapter(path, meta_model(llama / "base")) for path in (llama / "b", tmp_path / "dora")]
+    ours = adapted(llama / "base", adapter=llama / "a", frozen=frozen)
+    check_same_logits(ours.model, adapted(second, adapter=llama / "a").model)
 
 
 def test_what_has_no_sum_is_refused(llama, tmp_path):

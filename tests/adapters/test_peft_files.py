@@ -1,6 +1,7 @@
 """Adapter folders both ways: PEFT reads what we write, we read what PEFT writes, and merging gives the same model."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -373,6 +374,41 @@ def test_a_damaged_adapter_is_refused(llama, tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         read_adapter(tmp_path, meta_model(llama))
     assert error.value.path == tmp_path
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True, "modules_to_save": ("norm",)}, {"targets": ("lm_head", "embed_tokens")}]
+)
+def test_whatever_the_tensors_are_it_is_read_or_refused(llama, tmp_path, options):
+    """Dropped, renamed, of other shapes and types: no error but ours."""
+    write_ours(llama, tmp_path, **options)
+    model, path = meta_model(llama), tmp_path / "adapter_model.safetensors"
+    whole, draw, refused = load_file(path), random.Random(0), 0
+    for _ in range(150):
+        tensors = dict(whole)
+        name = draw.choice(sorted(tensors))
+        tensor = tensors.pop(name)
+        part, other = (
+            draw.choice(["q_proj", "lora_A", "lora_B", "layers", "weight", "."]),
+            draw.choice(["", "x", "lora_B"]),
+        )
+        changed = [
+            {},
+            {name.replace(part, other, 1): tensor},
+            {name: torch.ones([size + draw.choice([0, 1, 5]) for size in tensor.shape])},
+            {name: tensor.flatten().clone()},
+            {name: torch.tensor(1.0)},
+            {name: tensor[None].clone()},
+            {name: tensor[:0].clone()},
+            {name: tensor.to(torch.int8)},
+        ]
+        save_file(tensors | draw.choice(changed), path)
+        try:
+            read_adapter(tmp_path, model)
+        except CheckpointError as error:
+            assert error.path == tmp_path
+            refused += 1
+    assert refused > 100
 
 
 def test_missing_magnitudes_are_refused(llama, tmp_path):
