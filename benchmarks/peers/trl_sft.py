@@ -30,6 +30,18 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
+def lora(options: argparse.Namespace) -> Any:
+    """PEFT's config of the adapter, or nothing."""
+    if not options.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    targets = options.lora_targets[0] if len(options.lora_targets) == 1 else options.lora_targets
+    return LoraConfig(
+        r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
 def main() -> None:
     """Train some steps and write step ends, real tokens of each batch, and losses."""
     parser = argparse.ArgumentParser()
@@ -44,12 +56,17 @@ def main() -> None:
     parser.add_argument("--packing", action="store_true")
     parser.add_argument("--by-length", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--chunked", action="store_true", help="TRL's loss in chunks of tokens")
+    parser.add_argument("--bf16-weights", action="store_true", help="the frozen base in bfloat16")
+    parser.add_argument("--lora-rank", type=int, default=0, help="0 trains all weights")
+    parser.add_argument("--lora-targets", nargs="+", default=["all-linear"])
     options = parser.parse_args()
     config = SFTConfig(
         output_dir=str(options.out.parent / "trl-output"),
         use_cpu=True,
         bf16=options.bf16,
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "bfloat16" if options.bf16_weights else "float32"},
+        **({"loss_type": "chunked_nll"} if options.chunked else {}),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         max_steps=options.steps,
@@ -72,6 +89,7 @@ def main() -> None:
         args=config,
         train_dataset=load_dataset("json", data_files=options.data, split="train"),
         callbacks=[clock],
+        peft_config=lora(options),
     )
     tokens: list[int] = []
     trained: list[int] = []
