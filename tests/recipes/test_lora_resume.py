@@ -62,7 +62,7 @@ def same_adapter(one, two):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_at_the_same_bits(checkpoint, mixture, tmp_path, kind):
-    """From the end of an epoch or the middle of one, and after an evaluation."""
+    """From the first step, and from one of the second epoch that was evaluated."""
     base = mixture if kind == "experts" else checkpoint
     whole, out = tmp_path / "whole", tmp_path / "out"
     lora(base, whole, *LONG, *KINDS[kind])
@@ -111,11 +111,13 @@ def test_killed_at_random_moments(checkpoint, tmp_path, kind):
         process.join()
         assert process.exitcode in (0, -9)
         saved |= {folder.name for folder in out.glob("step_*")}
+    was_killed_at_its_end = (out / "step_8").exists()
     process = begin(out, "resume_from_checkpoint=auto")
     process.join()
     assert process.exitcode == 0
     same_adapter(whole, out)
-    assert not list(out.glob(".step_*"))
+    # What a kill leaves half written or half removed is hidden, and goes with the next save.
+    assert was_killed_at_its_end or not list(out.glob(".step_*"))
     assert saved, "each was killed before it had saved"
 
 
