@@ -388,3 +388,13 @@ def test_it_can_be_trained_on(runs, tmp_path):
     lora(folder, tmp_path / "run", "max_steps=1")
     config = json.loads((tmp_path / "run" / "step_1" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder)
+
+
+def test_a_scale_without_a_short_form_is_kept_whole(checkpoint, tmp_path):
+    """PiSSA's doubled rank under rsLoRA gives alphas like the square root of 2; over NF4 its last digits tell."""
+    keys = (NF4, "lora_init=pissa", "use_rslora=true", "lora_alpha=1", "lora_rank=2", "save_merged=true", "max_steps=1")
+    lora(checkpoint, tmp_path / "run", *keys)
+    step = last_step(tmp_path / "run")
+    assert json.loads((step / "adapter_config.json").read_text())["lora_alpha"] == pytest.approx(2**0.5, rel=1e-15)
+    folder = export(tmp_path / "out", f"adapter={step}")
+    assert (folder / "model.safetensors").read_bytes() == (step / "merged" / "model.safetensors").read_bytes()

@@ -138,6 +138,8 @@ class _Writer(PeftNames):
 
 
 def _plain(value: float) -> float | int:
-    """A number as people write it: 32 and not 32.00000000000001."""
+    """A number as people write it, 32 and not 32.00000000000001; one that has no short form stays as it is."""
     rounded = round(value, 9)
+    if not math.isclose(rounded, value, rel_tol=1e-14):
+        return value
     return int(rounded) if rounded == math.floor(rounded) else rounded
