@@ -29,6 +29,7 @@ from tests.recipes.lora_runs import (
 from tests.recipes.test_kill_and_resume import finish
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.cli.tune import run
+from torchtune.recipes.registry import configs
 
 NF4 = "base_quantization=nf4"
 
@@ -129,6 +130,14 @@ def test_a_fresh_adapter_changes_nothing(checkpoint, held_out, tmp_path):
         found[name] = (logits - logits_of(transformers_model(checkpoint))).norm().item()
     assert 0 < found["loftq"] < 0.9 * found["default"]
     assert 0 < found["pissa"] < found["default"]
+
+
+@pytest.mark.parametrize("name", [name for name, config in configs().items() if config.recipe == "lora_finetune"])
+def test_a_shipped_config_trains(checkpoint, tmp_path, name):
+    """Two steps on a tiny model, from the config's own keys."""
+    keys = [f"model_checkpoint={checkpoint}", f"dataset={ROWS}", f"output_dir={tmp_path}/out", "max_steps=2"]
+    assert run(["run", "lora_finetune", "--config", name, *keys]) == 0
+    assert (last_step(tmp_path / "out") / "adapter_model.safetensors").exists()
 
 
 def test_batching_changes_nothing(checkpoint, tmp_path):
