@@ -143,6 +143,8 @@ class _Places:
     def _why_not(self, target: str) -> str:
         if not target:
             return "an empty name names no layer"
+        if "," in target and PLAIN_NAME.fullmatch(target.replace(",", "").replace(" ", "")):
+            return f"'{target}' is read as one name; write a list: [{target}]"
         if target in GROUPS:
             return f"this model has nothing that '{target}' names{self._known(target)}"
         if self.model.is_tied and target in ("lm_head", "embed_out"):

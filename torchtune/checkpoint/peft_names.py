@@ -27,6 +27,7 @@ class PeftNames:
         routers: our names of routers.
         embedding: our name of the embedding.
         head: the head's name, also where it is tied.
+        swaps_experts: PEFT takes the experts' in for out, so that its A is our B the other way round.
         adaptable: our names of linear layers, routers and the embedding.
     """
 
@@ -40,6 +41,7 @@ class PeftNames:
         self.routers = {name for name, module in self.modules.items() if isinstance(module, Router)}
         self.embedding = next(n for n, module in self.modules.items() if module is model.model.embed_tokens)
         self.head = next((n for n, m in self.modules.items() if not model.is_tied and m is model.lm_head), "lm_head")
+        self.swaps_experts = model.peft_swaps_experts
         linears = [name for name, module in self.modules.items() if getattr(module, "is_linear", False)]
         self.adaptable = [*linears, *self.routers, self.embedding]
 

@@ -40,6 +40,8 @@ UNTIED = (
     ", and this model's embedding and head are one; set tie_word_embeddings to false in the base's config.json, with a "
     "head of its own"
 )
+# Beginnings that take something out of the base's weights, anew each time that PEFT loads the adapter.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PART = re.compile(
     r"\.(lora_A|lora_B)(\.\w+)?\.weight$|\.(lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.\w+)?$"
 )
@@ -77,6 +79,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     for key, harmless in UNSUPPORTED.items():
         if config.get(key) not in harmless:
             raise UnsupportedError(f"{folder / CONFIG}: {key}={config[key]} is not supported")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        raise UnsupportedError(
+            f"{folder / CONFIG}: init_lora_weights={init}: PEFT changes the base before it adds such an adapter; save it "
+            "as one for the plain base, by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     return config
 
 
@@ -111,6 +119,8 @@ class _Reader(PeftNames):
         whole: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
             name = key.removeprefix(PREFIX)
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"'{key}' has values that are not finite: its training went wrong")
             if match := PART.search(name):
                 parts.setdefault(name[: match.start()], {})[match[1] or match[3]] = tensor
             elif ".base_layer." not in f".{name}":  # PEFT's copies of an adapted embedding or head
@@ -160,6 +170,8 @@ class _Reader(PeftNames):
         # PEFT wraps one parameter in another; which is which is seen by their shapes.
         for kind in ("gate_up_proj", "down_proj"):
             in_features, out_features = experts.sizes_of(kind)
+            if self.swaps_experts:
+                in_features, out_features = out_features, in_features
             if (found["lora_A"].shape[1], found["lora_B"].shape[0]) == (in_features, out_features):
                 return kind
         raise CheckpointError(f"has an update of '{name}' of other sizes than this model's experts: another base")
@@ -177,6 +189,8 @@ class _Reader(PeftNames):
                 raise CheckpointError(f"has an update of '{name}' for another number of experts: another base")
             a = a.unflatten(0, (experts.num_experts, rank))  # [E, r, in]
             b = b.unflatten(1, (rank, experts.num_experts)).permute(2, 0, 1).contiguous()  # [E, out, r]
+            if self.swaps_experts:
+                a, b = b.mT.contiguous(), a.mT.contiguous()
         elif name == self.embedding:
             in_features, out_features = self.model.model.embed_tokens.weight.shape
         elif name in self.routers:
@@ -218,9 +232,11 @@ class _Reader(PeftNames):
                     f"{did_you_mean(theirs, [self.theirs[n] for n in self.stored])}"
                 )
             if self.stored[name].shape != tensor.shape:
+                rows = name.removesuffix(".weight") in (self.embedding, self.head)
+                grown = " (with a vocabulary that new_tokens made larger, it needs the same new_tokens here)"
                 raise CheckpointError(
-                    f"is an adapter for another base: its '{theirs}' is {tuple(tensor.shape)}, this model's "
-                    f"{tuple(self.stored[name].shape)}"
+                    f"is an adapter for another base{grown if rows else ''}: its '{theirs}' is {tuple(tensor.shape)}, "
+                    f"this model's {tuple(self.stored[name].shape)}"
                 )
             if name in whole and not torch.equal(whole[name], tensor):
                 raise CheckpointError(f"has an embedding and a head that differ ('{theirs}'){UNTIED}")

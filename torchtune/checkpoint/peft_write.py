@@ -43,13 +43,14 @@ class _Writer(PeftNames):
                 # PEFT wraps one parameter after the other; the second is the outer one.
                 inner = kind == "gate_up_proj" and f"{path}.down_proj" in self.adapter.updates
                 place = f"{PREFIX}{self.theirs[path]}{'.base_layer' if inner else ''}"
-                tensors[f"{place}.lora_A.weight"] = update.a.flatten(0, 1)  # [E r, in]
-                tensors[f"{place}.lora_B.weight"] = update.b.permute(1, 2, 0).flatten(1)  # [out, r E]
+                a, b = (update.b.mT, update.a.mT) if self.swaps_experts else (update.a, update.b)
+                tensors[f"{place}.lora_A.weight"] = a.flatten(0, 1)  # [E r, in]
+                tensors[f"{place}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)  # [out, r E]
                 continue
             place = PREFIX + self.theirs[name]
             is_embedding = name == self.embedding
-            a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-            tensors[f"{place}.{a}"], tensors[f"{place}.{b}"] = update.a, update.b
+            names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+            tensors[f"{place}.{names[0]}"], tensors[f"{place}.{names[1]}"] = update.a, update.b
             if update.magnitude is not None:
                 tensors[f"{place}.lora_magnitude_vector"] = update.magnitude
         for name, tensor in self.adapter.whole.items():

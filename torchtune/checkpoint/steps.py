@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,7 +112,11 @@ def mark_best(output_dir: Path, step: int) -> None:
     beside = output_dir / f".{BEST}"
     beside.unlink(missing_ok=True)
     beside.symlink_to(f"step_{step}")
-    os.replace(beside, output_dir / BEST)
+    best = output_dir / BEST
+    if best.is_dir() and not best.is_symlink():
+        # A copy of the run that made a folder of the link; what it holds may be the only copy of that step.
+        best.rename(output_dir / f"{BEST}.copied-{time.strftime('%Y%m%d-%H%M%S')}")
+    os.replace(beside, best)
 
 
 def _seal(folder: Path) -> None:

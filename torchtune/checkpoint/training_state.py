@@ -21,6 +21,8 @@ from torchtune.errors import CheckpointError
 
 FOLDER = "recipe_state"
 STATE = "state.json"
+# What torch's optimizers keep for each element of a parameter: state of another shape would be used beyond its end.
+ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum", "exp_inf", "grad_avg")
 
 
 @dataclass
@@ -99,11 +101,17 @@ def load_optimizer_tensors(
     """
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     place = {name: index for index, name in enumerate(order)}
+    shapes = {names[parameter]: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **others}.items():
         kind, _, name = key.partition("/")
         if name not in place:
             raise CheckpointError(f"the optimizer's state holds '{key}', but '{name}' is not trained in this run")
+        shape = shapes[name]
+        if torch.is_tensor(value) and kind in ELEMENTWISE and value.shape != shape:
+            raise CheckpointError(
+                f"the optimizer's state has '{key}' {tuple(value.shape)}, but '{name}' is {tuple(shape)} in this run"
+            )
         state.setdefault(place[name], {})[kind] = value
     if state and len(state) != len(order):
         absent = next(name for name, index in place.items() if index not in state)

@@ -10,7 +10,7 @@ from typing import Any
 from torchtune.cli.find import find_recipe
 from torchtune.cli.tune import parser
 from torchtune.errors import ConfigError, did_you_mean
-from torchtune.recipes.registry import Entry, configs, recipe_of_config
+from torchtune.recipes.registry import Entry, configs, recipe_of_config, recipes
 
 USAGE = "tune validate RECIPE [--config NAME_OR_PATH] [key=value ...], or tune validate CONFIG [key=value ...]"
 
@@ -45,7 +45,7 @@ def validate(recipe: Entry, arguments: Sequence[str]) -> None:
 def _recipe_and_arguments(argv: list[str]) -> tuple[Entry, list[str]]:
     first, rest = argv[0], argv[1:]
     path = Path(first)
-    if path.suffix in (".yaml", ".yml") or first in configs():
+    if path.suffix in (".yaml", ".yml") or (first in configs() and first not in recipes()):
         file = path if path.is_file() else configs().get(first.removesuffix(".yaml"), Entry("", path, "")).path
         if not file.is_file():
             raise ConfigError(f"there is no config '{first}'{did_you_mean(first, configs())}", where="command line")

@@ -98,9 +98,11 @@ def _text_model(values: Mapping[str, Any], **options: Any) -> CausalLM:
         return DecoderLayer(attention, mlp(index), **norms_from(config, "input_layernorm", "post_attention_layernorm"))
 
     rotary = rotary_from(config, interleaved=True)
-    return decoder_from(
+    model = decoder_from(
         config, layer, [rotary if rotated[index] else None for index in range(num_layers)], names=NAMES, **options
     )
+    model.peft_swaps_experts = True
+    return model
 
 
 def _temperature(config: HFConfig) -> Callable[[Tensor], Tensor]:

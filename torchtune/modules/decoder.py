@@ -136,6 +136,7 @@ class CausalLM(Block):
         stored_prefixes: the one of `prefix_choices` that is used.
         names_in_transformers: parts of names in this model, and what they are in transformers' memory, where that
             is not what its checkpoints say: adapters have those.
+        peft_swaps_experts: PEFT reads the experts' stacks as [E, out, in] where they are [E, in, out].
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class CausalLM(Block):
         self.prefix_choices, self.carried = tuple(prefix_choices), tuple(carried)
         self.stored_prefixes: Mapping[str, str] = self.prefix_choices[0] if prefix_choices else {}
         self.names_in_transformers: Mapping[str, str] = {}
+        self.peft_swaps_experts = False
         self.register_state_dict_post_hook(_rename_to_stored)
         self.register_load_state_dict_pre_hook(_rename_from_stored)
 

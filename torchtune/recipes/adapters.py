@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torchtune.checkpoint.headers import read_safetensors_places
 from torchtune.checkpoint.hub import HUB_ID, resolve
 from torchtune.checkpoint.open import Checkpoint
 from torchtune.checkpoint.peft_read import read_adapter, weights_file
+from torchtune.checkpoint.training_state import run_params
 from torchtune.errors import CheckpointError, ConfigError, TuneError
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes.lora_params import LoRAParams, lora_config
@@ -75,6 +76,8 @@ def check_adapters(params: LoRAParams, checkpoint: Checkpoint, model: CausalLM) 
 
     for source in params.frozen_adapters:
         read("frozen_adapters", source)
+    if params.adapter is not None:
+        _tell_of_other_ground(params)
     config = lora_config(params)
     with problems.one():
         if params.adapter is None:
@@ -184,7 +187,36 @@ def _going_on(params: LoRAParams, start: Adapter, model: CausalLM) -> LoRAConfig
             "the adapter begins",
             key="new_tokens",
         )
-    return replace(start.config, dropout=params.lora_dropout or start.config.dropout)
+    return replace(start.config, dropout=params.lora_dropout)  # of training, so the run's and not the adapter's
+
+
+def _tell_of_other_ground(params: LoRAParams) -> None:
+    """Say so where the adapter that is gone on from was trained over another base than it gets here."""
+    source = str(params.adapter)
+    try:
+        run = run_params(resolve(source))
+    except CheckpointError:  # `read` has told of it
+        return
+    before, now = run.get("base_quantization", params.base_quantization), params.base_quantization
+    if before != now:
+        say(f"{source}: it was trained over a base in base_quantization={before}, and goes on over {now}")
+    elif now != "none" and run.get("lora_init") == "pissa":
+        say(f"{source}: its base had lost PiSSA's part before it was quantised to {now}; here it is quantised whole")
+    if (below := run.get("frozen_adapters", [])) != params.frozen_adapters and run:
+        say(f"{source}: it was trained over frozen_adapters={below}, and goes on over {params.frozen_adapters}")
+    if (dropped := run.get("lora_dropout", params.lora_dropout)) != params.lora_dropout:
+        say(f"{source}: it was trained with lora_dropout={dropped}, and goes on with {params.lora_dropout}")
+
+
+def refuse_other_start(before: Mapping[str, object], params: LoRAParams) -> None:
+    """A run that is resumed can't begin otherwise than it did: what PiSSA trains is of another shape in the files.
+
+    Raises:
+        ConfigError: lora_init was pissa and is not, or the other way round.
+    """
+    was = before.get("lora_init", params.lora_init)
+    if was != params.lora_init and "pissa" in (was, params.lora_init):
+        raise ConfigError(f"'{params.lora_init}', and the run began with '{was}'; resume with that", key="lora_init")
 
 
 def _refuse_other_values(params: LoRAParams, own: LoRAConfig) -> None:

@@ -224,7 +224,7 @@ class ExportRecipe:
             tensor = values(name, held)
             written = dtype or self._checkpoint.tensors[pieces[name][0].name].dtype
             largest = tensor.abs().max().item() if tensor.numel() else 0.0
-            if largest > torch.finfo(written).max:
+            if not largest <= torch.finfo(written).max:  # nan is neither
                 raise CheckpointError(
                     f"'{name}' has a value of {largest:.4g}, beyond what {dtype_name(written)} holds; use dtype=bf16 or fp32",
                     path=self._checkpoint.path,

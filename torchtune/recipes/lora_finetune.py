@@ -46,6 +46,7 @@ from torchtune.recipes.adapters import (
     check_same_base,
     fingerprint,
     open_adapters,
+    refuse_other_start,
     tell_carried_path,
     tell_local_base,
 )
@@ -144,6 +145,7 @@ class LoRAFinetuneRecipe:
     def _update_recipe_state(self, ckpt_dict: dict[str, Any]) -> None:
         """Take the run's state from its checkpoint; say which changed keys change what comes out."""
         saved = ckpt_dict["training_state"].state
+        refuse_other_start(saved["params"], self._params)
         warn_of_changes(before=saved["params"], params=self._params)
         self.state.load_state_dict(saved)
         if self._params.dtype == "auto":  # the same bits need the same dtype, whatever this machine would choose
