@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_checkpoint import save_tiny_checkpoint
 from torchtune.recipes.full_finetune import FullFinetuneParams, FullFinetuneRecipe
@@ -16,6 +17,15 @@ ROWS = CASES / "common_rows24.jsonl"
 def checkpoint(tmp_path_factory):
     """A tiny Llama checkpoint in fp32."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch with one thread: for models this small a second one costs more than it does."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

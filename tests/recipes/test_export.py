@@ -27,6 +27,7 @@ from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.cli.tune import run
 from torchtune.quantization.kinds import packer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NF4 = "base_quantization=nf4"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # The largest error of one rounding, as a share of the value.

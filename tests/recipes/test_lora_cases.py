@@ -30,6 +30,8 @@ from torchtune.cli.tune import run
 from torchtune.errors import TrainingError
 from torchtune.recipes.lora_finetune import LoRAFinetuneRecipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)

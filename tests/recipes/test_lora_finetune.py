@@ -31,6 +31,7 @@ from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.cli.tune import run
 from torchtune.recipes.registry import configs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NF4 = "base_quantization=nf4"
 
 

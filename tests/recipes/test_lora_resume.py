@@ -17,7 +17,8 @@ from tests.recipes.test_kill_and_resume import WITHOUT_TIME
 from tests.tiny_checkpoint import save_tiny_checkpoint
 from torchtune.cli.tune import run
 
-# Two epochs of four steps, each with two micro-batches, that all save.
+pytestmark = pytest.mark.usefixtures("one_thread")
+# Eight steps in two epochs, each of two micro-batches; all save.
 EVERY_STEP = ("max_seq_len=128", "batch_size=1", "gradient_accumulation_steps=2", "max_steps=8", "save_every_n_steps=1")
 LONG = (*EVERY_STEP, "keep_last=null", "eval_fraction=0.1", "eval_every_n_steps=3")
 NF4 = "base_quantization=nf4"
