@@ -25,7 +25,7 @@ from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.data.loader import DataLoader
 from torchtune.data.sampler import RowSampler
-from torchtune.distributed.process_group import process_group, rank, sum_over_ranks
+from torchtune.distributed.process_group import process_group, rank, sum_over_ranks, world_size
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
@@ -140,10 +140,10 @@ class FullFinetuneRecipe:
         self._checkpoint.check(model, self._tokenizer)
         if params.freeze:
             freeze(model, params.freeze)
-        if params.enable_activation_checkpointing:
-            apply_activation_checkpointing(model.model.layers)
         if params.compile:
             apply_compile(model.model.layers)
+        if params.enable_activation_checkpointing:
+            apply_activation_checkpointing(model.model.layers)
         self._checkpoint.load_into(model, device=self._device, param_dtype=self._param_dtype)
         if self._resume_from_checkpoint:
             # The model's files may be narrower than what is trained.
@@ -224,6 +224,8 @@ class FullFinetuneRecipe:
                     grad_norm = self._optimization.gather_gradients()
                     self._optimization.check_finite(step, losses, grad_norm, micro_batches)
                     self._optimization.clip_gradients(grad_norm)
+                    # Parameters in bf16 are rounded at random, and alike on all ranks.
+                    seed_everything(self.state.seed, step, world_size() * len(micro_batches))
                     self._optimization.step()
                     loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
                     metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}

@@ -170,10 +170,10 @@ class LoRAFinetuneRecipe:
         adapters = open_adapters(params, model)
         self._lora = adapters.config
         apply_lora(model, self._lora, is_given=adapters.start is not None)
-        if params.enable_activation_checkpointing:
-            apply_activation_checkpointing(model.model.layers)
         if params.compile:
             apply_compile(model.model.layers)
+        if params.enable_activation_checkpointing:
+            apply_activation_checkpointing(model.model.layers)
         allocate_lora(model, device=self._device, dtype=self._param_dtype)
         seed_everything(self.state.seed)
         init_lora(model, self._lora.init)

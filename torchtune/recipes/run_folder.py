@@ -48,6 +48,7 @@ WITHOUT_EFFECT = frozenset(
         "save_every_epoch",
         "save_last",
         "keep_last",
+        "save_merged",
     ]
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from torchtune.modules.cpu_attention import hide_from_compiler
@@ -10,8 +11,9 @@ from torchtune.modules.cpu_attention import hide_from_compiler
 def apply_compile(layers: nn.ModuleList) -> None:
     """Compile each layer in place; parameter names stay as they are.
 
-    The token axis changes its length from batch to batch, so it is marked dynamic from the start.
+    The token axis changes its length from batch to batch, so it is marked dynamic from the start. Activation
+    checkpointing goes around it, afterwards: a checkpoint inside would keep the compiler from all of the layer.
     """
     hide_from_compiler()
     for layer in layers:
-        layer.compile(dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True)
