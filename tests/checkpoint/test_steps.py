@@ -173,3 +173,29 @@ def test_state_of_another_model_is_refused():
         load_optimizer_tensors(optimizer, names, {"exp_avg/other.weight": torch.zeros(2, 2)}, {})
     with pytest.raises(CheckpointError, match="nothing of 'bias'"):
         load_optimizer_tensors(optimizer, names, {"exp_avg/weight": torch.zeros(2, 2)}, {})
+
+
+def test_optimizer_state_of_another_shape_is_refused():
+    """A fused step would read and write beyond its end."""
+
+    def trained(size):
+        model = torch.nn.Linear(size, 3)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(2, size)).sum().backward()
+        optimizer.step()
+        return optimizer, {parameter: name for name, parameter in model.named_parameters()}
+
+    tensors, others = optimizer_tensors(*trained(4))
+    with pytest.raises(CheckpointError, match=r"exp_avg/weight' \(3, 4\), but 'weight' is \(3, 8\)"):
+        load_optimizer_tensors(*trained(8), tensors, others)
+
+
+def test_a_copied_best_is_moved_aside(tmp_path):
+    """Copying a run by `cp -L` makes a folder of the link: it is kept, and the next best is marked."""
+    for step in (1, 2):
+        write_step(tmp_path, step, write)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "kept").write_text("")
+    mark_best(tmp_path, 2)
+    assert (tmp_path / "best").resolve() == (tmp_path / "step_2").resolve()
+    assert [entry.parent.name.startswith("best.copied-") for entry in tmp_path.glob("best.copied-*/kept")] == [True]

@@ -233,3 +233,17 @@ def test_help_lists_every_key(recipe, params, capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(params):
         assert f"  {field.name}  (" in text
+
+
+def test_a_config_with_its_recipes_name_is_given_by_config(real, tmp_path, capsys):
+    """`tune validate RECIPE --config NAME` is read as it stands, where a config has the recipe's name."""
+    keys = [f"model_checkpoint={real}", DATASET, f"output_dir={tmp_path / 'out'}"]
+    assert run(["validate", "lora_finetune", "--config", "lora_finetune", *keys]) == 0
+    assert "the options are right" in capsys.readouterr().out
+
+
+def test_a_list_without_brackets_is_told(real, tmp_path, capsys):
+    """A usual slip on the command line."""
+    keys = [f"model_checkpoint={real}", DATASET, f"output_dir={tmp_path / 'out'}"]
+    assert run(["validate", "lora_finetune", *keys, "lora_targets=q_proj,v_proj"]) == 2
+    assert "[q_proj,v_proj]" in capsys.readouterr().err
