@@ -15,7 +15,8 @@ The parts stay on the exception and the text is made from them, so tests and too
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -75,6 +76,35 @@ class ConfigError(TuneError, ValueError):
         if len(lines) > 1:
             lines.append(f"{len(lines)} problems, nothing was loaded.")
         super().__init__("\n".join(lines))
+
+
+class Problems(list[Problem]):
+    """What was found wrong so far, to be told at once."""
+
+    def add(self, key: str, message: str) -> None:
+        """One more."""
+        self.append(Problem("", key, message))
+
+    @contextmanager
+    def caught(self, key: str = "") -> Iterator[None]:
+        """Take in what is raised within, and go on: a ConfigError's problems, and under `key`, if given, other errors."""
+        try:
+            yield
+        except ConfigError as error:
+            self.extend(error.problems)
+        except (TuneError, OSError) as error:
+            if not key:
+                raise
+            self.add(key, str(error))
+
+    def raise_all(self) -> None:
+        """Raise everything, if there is anything.
+
+        Raises:
+            ConfigError: all problems at once.
+        """
+        if self:
+            raise ConfigError(self)
 
 
 class DataError(TuneError, ValueError):

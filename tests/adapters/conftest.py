@@ -1,12 +1,8 @@
-"""One thread for the tests of this folder: for products this small a second one only waits, on a busy machine for long."""
+"""The tests of this folder run on one thread."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    return one_thread

@@ -19,15 +19,6 @@ def checkpoint(tmp_path_factory):
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Torch with one thread: for models this small a second one costs more than it does."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def train(checkpoint, tmp_path):
     """Run full_finetune with these keys over the defaults of a small test; returns the recipe and its metrics."""
@@ -60,3 +51,21 @@ def metrics_of(output_dir):
 
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def labelled(tokenizer, rows):
+    """Token ids [1, T] of each row by transformers' template, and labels: the assistant's words and the token after."""
+    for line in Path(rows).read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        ids = torch.tensor([encoding["input_ids"]])
+        labels = torch.full_like(ids, -100)
+        position = 0
+        for message in messages:
+            start = text.index(message["content"], position)
+            position = start + len(message["content"]) + len("<|im_end|>")
+            if message["role"] == "assistant":
+                inside = [start <= s and e <= position and e > s for s, e in encoding["offset_mapping"]]
+                labels[0, inside] = ids[0, inside]
+        yield ids, labels

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 from transformers.models.auto import AutoModelForCausalLM
 
-from tests.recipes.conftest import ROWS, metrics_of
+from tests.recipes.conftest import ROWS, labelled, metrics_of
 from torchtune.cli.tune import run
 from torchtune.config.parse import parse_params
 from torchtune.recipes.lora_finetune import LoRAFinetuneParams, LoRAFinetuneRecipe
@@ -97,21 +97,8 @@ def logits_of(model):
 @torch.no_grad()
 def loss_of(model, tokenizer_folder, rows=ROWS):
     """Mean cross-entropy over the assistant's words and the token after them, by transformers' template and model."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     total, count = 0.0, 0
-    for line in Path(rows).read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        ids = torch.tensor([encoding["input_ids"]])
-        labels = torch.full_like(ids, -100)
-        position = 0
-        for message in messages:
-            start = text.index(message["content"], position)
-            position = start + len(message["content"]) + len("<|im_end|>")
-            if message["role"] == "assistant":
-                inside = [start <= s and e <= position and e > s for s, e in encoding["offset_mapping"]]
-                labels[0, inside] = ids[0, inside]
+    for ids, labels in labelled(AutoTokenizer.from_pretrained(tokenizer_folder), rows):
         logits = model(ids).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
         count += int((labels[0, 1:] != -100).sum())

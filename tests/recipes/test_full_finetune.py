@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.models.auto import AutoModelForCausalLM
 
-from tests.recipes.conftest import CASES, ROWS, metrics_of
+from tests.recipes.conftest import CASES, ROWS, labelled, metrics_of
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.errors import ConfigError, DataError, TrainingError
 
@@ -28,19 +28,7 @@ def reference_losses(checkpoint, rows, *, steps, lr):
     losses = []
     for _ in range(steps):
         total, count = 0.0, 0
-        for line in Path(rows).read_text().splitlines():
-            messages = json.loads(line)["messages"]
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-            ids = torch.tensor([encoding["input_ids"]])
-            labels = torch.full_like(ids, -100)
-            position = 0
-            for message in messages:
-                start = text.index(message["content"], position)
-                position = start + len(message["content"]) + len("<|im_end|>")
-                if message["role"] == "assistant":
-                    inside = [start <= s and e <= position and e > s for s, e in encoding["offset_mapping"]]
-                    labels[0, inside] = ids[0, inside]
+        for ids, labels in labelled(tokenizer, rows):
             logits = model(ids).logits[0, :-1]
             total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
             count += int((labels[0, 1:] != -100).sum())

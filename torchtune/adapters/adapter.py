@@ -141,8 +141,8 @@ def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
             if init == "pissa":
                 layer = model.get_submodule(name)
                 assert isinstance(layer, LoRALinear)
-                (a, a_before), (b, b_before) = a.chunk(2), b.chunk(2, dim=1)
-                layer.initial = a_before.to(into.a), -b_before.to(into.b)
+                (a, b), (a_before, b_before) = _pissa_halves(a, b)
+                layer.initial = a_before.to(into.a), b_before.to(into.b)
             if (into.magnitude is None) != (value.magnitude is None):
                 raise CheckpointError(
                     f"'{name}' has a magnitude (DoRA) in one of adapter and run, and not in the other"
@@ -159,9 +159,14 @@ def split_pissa(model: CausalLM) -> None:
     """
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            (a, a_before), (b, b_before) = module.lora_A.weight.chunk(2), module.lora_B.weight.chunk(2, dim=1)
-            module.initial = a_before.detach(), -b_before.detach()
-            module.lora_A.weight, module.lora_B.weight = nn.Parameter(a.detach()), nn.Parameter(b.detach())
+            (a, b), module.initial = _pissa_halves(module.lora_A.weight.detach(), module.lora_B.weight.detach())
+            module.lora_A.weight, module.lora_B.weight = nn.Parameter(a), nn.Parameter(b)
+
+
+def _pissa_halves(a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Of a saved PiSSA adapter, A and B as trained, and as they began: `adapter_of` has put them together."""
+    (a, a_before), (b, b_before) = a.chunk(2), b.chunk(2, dim=1)
+    return (a, b), (a_before, -b_before)
 
 
 def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, an: str) -> None:

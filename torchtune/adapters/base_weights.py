@@ -75,10 +75,7 @@ class BaseWeights:
     def _layer_weight(self, weight: Tensor, layer: LoRALinear, packs: bool) -> Tensor:
         wide = torch.promote_types(layer.lora_A.weight.dtype, torch.float32)
         if self._fresh == "pissa":
-            matrix = weight.to(wide)
-            a, b = factors(matrix.T if layer.transposed else matrix, len(layer.lora_A.weight), layer.scale)
-            layer.lora_A.weight.copy_(a)
-            layer.lora_B.weight.copy_(b)
+            _begin_at(layer, weight.to(wide))
             layer.initial = layer.lora_A.weight.clone(), layer.lora_B.weight.clone()
         if layer.initial is not None:
             a, b = layer.initial
@@ -88,10 +85,7 @@ class BaseWeights:
             return weight.to(self._dtype)
         packed = self._packed(weight)
         if self._fresh == "loftq":
-            lost = weight.to(wide) - packed.dense(wide)
-            a, b = factors(lost.T if layer.transposed else lost, len(layer.lora_A.weight), layer.scale)
-            layer.lora_A.weight.copy_(a)
-            layer.lora_B.weight.copy_(b)
+            _begin_at(layer, weight.to(wide) - packed.dense(wide))
         return packed
 
     def _packed(self, weight: Tensor) -> PackedWeight:
@@ -99,3 +93,10 @@ class BaseWeights:
         packed = self._pack(weight)
         assert isinstance(packed, PackedWeight)
         return packed
+
+
+def _begin_at(layer: LoRALinear, matrix: Tensor) -> None:
+    """Set A and B to the best approximation of `matrix`, which lies as the layer's weight does."""
+    a, b = factors(matrix.T if layer.transposed else matrix, len(layer.lora_A.weight), layer.scale)
+    layer.lora_A.weight.copy_(a)
+    layer.lora_B.weight.copy_(b)

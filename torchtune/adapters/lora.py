@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.fused import lora_linear, lora_linear_of_silu_product, lora_linears
 from torchtune.adapters.low_rank import Adapted
-from torchtune.adapters.targets import Problems, Targets, find_targets, find_whole
-from torchtune.errors import did_you_mean
+from torchtune.adapters.targets import Targets, find_targets, find_whole
+from torchtune.errors import Problems, did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.linear import Conv1D, Embedding, Linear
@@ -198,9 +198,9 @@ def apply_lora(model: CausalLM, config: LoRAConfig, *, is_given: bool = False) -
     problems = Problems()
     targets = find_targets(model, config.targets, layers=config.layers, problems=problems)
     all_found, whole = not problems, list[str]()
-    with problems.one():
+    with problems.caught():
         whole = find_whole(model, config.modules_to_save)
-    with problems.one():  # a pattern that can't be compiled
+    with problems.caught():  # a pattern that can't be compiled
         if not is_given:
             _check_ranks(model, config, targets, problems)
         _check(model, config, targets, whole, problems)

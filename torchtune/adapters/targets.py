@@ -9,11 +9,10 @@ named (`experts`, `experts.down_proj`), since an adapter a matrix of each expert
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torchtune.errors import ConfigError, Problem, did_you_mean, nearest
+from torchtune.errors import ConfigError, Problems, did_you_mean, nearest
 from torchtune.modules.attention import Attention
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.mla import LatentAttention
@@ -65,10 +64,10 @@ def find_targets(
     found: set[str] = set()
     gathered = Problems() if problems is None else problems
     for target in targets:
-        with gathered.one():
+        with gathered.caught():
             found |= places.matching(target, key)
     if layers is not None and found:
-        with gathered.one():
+        with gathered.caught():
             found = _within(found, model, list(layers))
     if model.is_tied and (tied := found & set(places.embeddings)):
         both = f"'{min(tied)}' is the head too (tie_word_embeddings), and an update of one of them would untie them"
@@ -77,27 +76,6 @@ def find_targets(
         gathered.raise_all()
     kinds = (places.linears, places.embeddings, places.experts, places.routers)
     return Targets(*(tuple(name for name in kind if name in found) for kind in kinds))
-
-
-class Problems(list[Problem]):
-    """What was found wrong, to be said at once."""
-
-    def add(self, key: str, message: str) -> None:
-        """One more."""
-        self.append(Problem("", key, message))
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Take in the ConfigError that is raised within, and go on."""
-        try:
-            yield
-        except ConfigError as error:
-            self.extend(error.problems)
-
-    def raise_all(self) -> None:
-        """Raise everything, if there is anything."""
-        if self:
-            raise ConfigError(self)
 
 
 class _Places:

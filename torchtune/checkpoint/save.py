@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from torchtune.checkpoint.folder import INDEX, SINGLE
 from torchtune.checkpoint.open import TIED_HEADS, Checkpoint
+from torchtune.errors import CheckpointError
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import stored_pieces, stored_tensors
 
@@ -47,6 +49,8 @@ def save_model(
         dtype: the type of all floats, in place of the source's.
         values: makes of a parameter's name and what the model holds what is written, before it is cast: merged
             adapters. One is made at a time.
+    Raises:
+        CheckpointError: one of `values` is not finite, or would not be in the type that it is saved in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(
@@ -84,6 +88,8 @@ def _as_in_source(
         for piece in pieces[own_name]:
             name, part = piece.name, tensor[piece.index] if piece.index else tensor
             saved = part.to(device="cpu", dtype=dtype or checkpoint.tensors[name].dtype).contiguous()
+            if values is not None and not saved.isfinite().all():
+                raise CheckpointError(_why_not_finite(name, part, saved.dtype), path=checkpoint.path)
             yield name, saved
             if name == embedding and model.is_tied:
                 for head in sorted(carried):
@@ -93,6 +99,14 @@ def _as_in_source(
         if not (model.is_tied and name.endswith(TIED_HEADS)):
             tensor = checkpoint.weights.read(name)
             yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _why_not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """Of a tensor that is to be saved as `dtype`: fp16 ends at 65,504."""
+    largest = tensor.abs().max().item()
+    if math.isfinite(largest):
+        return f"'{name}' has a value of {largest:.4g}, beyond what {dtype} holds; save it in bfloat16 or float32"
+    return f"'{name}' has a value of {largest}: it is not saved"
 
 
 def _shard_bytes(checkpoint: Checkpoint) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,16 +63,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight_cast = weight.to(hidden.dtype)
         # needs_input_grad is set in evaluation too; gradients are made only where backward can come.
-        needs_hidden = ctx.needs_input_grad[0] and hidden.requires_grad
-        needs_weight = ctx.needs_input_grad[1] and weight.requires_grad
-        needs_bias = bias is not None and ctx.needs_input_grad[2] and bias.requires_grad
-        needs_low = ctx.needs_input_grad[3] and low is not None and low.requires_grad
-        needs_up = ctx.needs_input_grad[4] and up is not None and up.requires_grad
-        grad_low = torch.empty_like(low) if low is not None and needs_low else None
-        grad_up = torch.zeros(up.shape, dtype=wide, device=up.device) if up is not None and needs_up else None
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight: Tensor | None = None
-        grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=hidden.device) if needs_bias else None
+        inputs = (hidden, weight, bias, low, up)
+        needed = [
+            needs and tensor is not None and tensor.requires_grad
+            for needs, tensor in zip(ctx.needs_input_grad, inputs, strict=False)
+        ]
+        gradients = _Gradients(hidden, weight, weight_cast, low, up, needed, wide)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         # Two buffers for all chunks: on the CPU a fresh one of this size costs more in page faults than its use.
         shape = (min(chunk_size, hidden.shape[0]), weight.shape[0])
@@ -88,34 +85,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.copy_(narrow)
             if bias is not None:
                 logits.add_(bias)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-                slope = 1 - (logits / softcap).square()  # of the capped by the plain logit
-            largest, of_targets = logits.amax(-1, keepdim=True), logits.gather(1, labels)
-            sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-            total += (sums.log() + largest - of_targets).sum()
-            if not any((needs_hidden, needs_weight, needs_bias, needs_low, needs_up)):
-                continue
-            grad_logits = logits.div_(sums)
-            grad_logits.scatter_add_(1, labels, torch.full_like(sums, -1.0))
-            if softcap is not None:
-                grad_logits.mul_(slope)
-            if grad_bias is not None:
-                grad_bias.add_(grad_logits.sum(0))
-            grad_logits = grad_logits if narrow_buffer is buffer else narrow.copy_(grad_logits)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight_cast, out=grad_hidden[rows])
-            if grad_low is not None and up is not None:
-                torch.mm(grad_logits, up, out=grad_low[rows])
-            if grad_up is not None and low is not None:
-                grad_up.add_(grad_logits.T @ low[rows])
-            if needs_weight:
-                if grad_weight is None:
-                    grad_weight = torch.zeros_like(weight)
-                for first in range(0, weight.shape[0], VOCAB_SLICE):  # the whole product would be as large again
-                    ids = slice(first, first + VOCAB_SLICE)
-                    grad_weight[ids].add_(grad_logits[:, ids].T @ hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, grad_low, grad_up)
+            total += _softmax_loss_(logits, labels, softcap, into_gradient=any(needed))
+            if any(needed):
+                gradients.add(rows, logits, logits if narrow_buffer is buffer else narrow.copy_(logits))
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.low, gradients.up)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.hidden_dtype = hidden.dtype
         return total
@@ -129,3 +102,58 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = None if grad_weight is None else grad_weight.mul_(grads[0].to(grad_weight.dtype))
         bias = None if grad_bias is None else (grad_bias * grads[0]).to(ctx.bias_dtype)
         return hidden, weight, bias, low, up, None, None, None
+
+
+def _softmax_loss_(logits: Tensor, labels: Tensor, softcap: float | None, *, into_gradient: bool) -> Tensor:
+    """The summed cross-entropy of logits [n, V] at labels [n, 1].
+
+    What stands in `logits` afterwards is its gradient by them as they came, or nothing of use.
+    """
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+        slope = 1 - (logits / softcap).square() if into_gradient else None  # of the capped by the plain logit
+    largest, of_labels = logits.amax(-1, keepdim=True), logits.gather(1, labels)
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    if into_gradient:
+        logits.div_(sums).scatter_add_(1, labels, torch.full_like(sums, -1.0))
+    if slope is not None:
+        logits.mul_(slope)
+    return (sums.log() + largest - of_labels).sum()
+
+
+class _Gradients:
+    """Those of hidden, weight, bias, low and up, as far as they are `needed`, chunk by chunk."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        weight_cast: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        needed: Sequence[bool],
+        wide: torch.dtype,
+    ) -> None:
+        self._of = hidden, weight_cast, low, up
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight) if needed[1] else None
+        self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needed[2] else None
+        self.low = torch.empty_like(low) if low is not None and needed[3] else None
+        self.up = torch.zeros(up.shape, dtype=wide, device=up.device) if up is not None and needed[4] else None
+
+    def add(self, rows: slice, wide: Tensor, narrow: Tensor) -> None:
+        """What comes of these rows' logits, whose gradient [n, V] is given in both types."""
+        hidden, weight, low, up = self._of
+        if self.bias is not None:
+            self.bias.add_(wide.sum(0))
+        if self.hidden is not None:
+            torch.mm(narrow, weight, out=self.hidden[rows])
+        if self.low is not None and up is not None:
+            torch.mm(narrow, up, out=self.low[rows])
+        if self.up is not None and low is not None:
+            self.up.add_(narrow.T @ low[rows])
+        if self.weight is not None:
+            for first in range(0, weight.shape[0], VOCAB_SLICE):  # the whole product would be as large again
+                ids = slice(first, first + VOCAB_SLICE)
+                self.weight[ids].add_(narrow[:, ids].T @ hidden[rows])

@@ -6,8 +6,28 @@ import torch
 from torch import Tensor
 
 from torchtune.errors import CheckpointError
+from torchtune.modules.packed import PackedWeight
 from torchtune.quantization import libraries
-from torchtune.quantization.blocks import slabs
+from torchtune.quantization.blocks import pack_each, slabs
+
+
+class AffineWeight(PackedWeight):
+    """A packed weight of such integers; a kind says how a matrix is packed and unpacked."""
+
+    @staticmethod
+    def pack_matrix(matrix: Tensor) -> dict[str, Tensor]:
+        """The parts of one matrix, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> AffineWeight:
+        """A matrix, or a stack of them.
+
+        Raises:
+            MissingDependencyError: torchao is not installed.
+            CheckpointError, UnsupportedError: as `quantize` and `pack_each`.
+        """
+        return cls(pack_each(weight, cls.pack_matrix), weight.shape, weight.dtype)
 
 
 def quantize(

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune.modules.packed import PackedWeight
-from torchtune.quantization.affine import dequantize, quantize
-from torchtune.quantization.blocks import as_matrix, check_is_matrix, pack_each
+from torchtune.quantization.affine import AffineWeight, dequantize, quantize
+from torchtune.quantization.blocks import as_matrix, check_is_matrix
 
 GROUP = 64
 
 
-class Int4Weight(PackedWeight):
+class Int4Weight(AffineWeight):
     """Groups of 64 weights, each with a scale and a zero point; 0.547 bytes a weight.
 
     A zero point costs a byte a group and makes errors a tenth smaller on normal weights, a fifth on heavy-tailed.
@@ -34,25 +33,16 @@ class Int4Weight(PackedWeight):
     scale: Tensor
     zero_point: Tensor
 
-    @classmethod
-    def pack(cls, weight: Tensor) -> Int4Weight:
-        """A matrix, or a stack of them.
-
-        Raises:
-            MissingDependencyError: torchao is not installed.
-            CheckpointError, UnsupportedError: as `quantize` and `pack_each`.
-        """
-        return cls(pack_each(weight, _pack), weight.shape, weight.dtype)
+    @staticmethod
+    def pack_matrix(matrix: Tensor) -> dict[str, Tensor]:
+        """The parts of one matrix."""
+        parts = quantize(matrix, group=GROUP, low=0, high=15, symmetric=False, needed_for="int4")
+        codes, scale, zero_point = (F.pad(part, (0, 0, 0, len(part) % 2)) for part in parts)
+        half = len(codes) // 2
+        return {"codes": (codes[:half] | codes[half:] << 4).view(torch.uint8), "scale": scale, "zero_point": zero_point}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values, rounded once to `dtype`."""
         check_is_matrix(self)
         codes = torch.cat((self.codes & 15, self.codes >> 4)).view(torch.int8)
         return as_matrix(dequantize(codes.sub_(self.zero_point), self.scale, dtype), self)
-
-
-def _pack(matrix: Tensor) -> dict[str, Tensor]:
-    parts = quantize(matrix, group=GROUP, low=0, high=15, symmetric=False, needed_for="int4")
-    codes, scale, zero_point = (F.pad(part, (0, 0, 0, len(part) % 2)) for part in parts)
-    half = len(codes) // 2
-    return {"codes": (codes[:half] | codes[half:] << 4).view(torch.uint8), "scale": scale, "zero_point": zero_point}

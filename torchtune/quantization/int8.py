@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchtune.modules.packed import PackedWeight
-from torchtune.quantization.affine import dequantize, quantize
-from torchtune.quantization.blocks import as_matrix, check_is_matrix, pack_each
+from torchtune.quantization.affine import AffineWeight, dequantize, quantize
+from torchtune.quantization.blocks import as_matrix, check_is_matrix
 
 GROUP = 128
 
 
-class Int8Weight(PackedWeight):
+class Int8Weight(AffineWeight):
     """Groups of 128 weights, each with a scale; 1.016 bytes a weight.
 
     Attributes:
@@ -23,22 +22,13 @@ class Int8Weight(PackedWeight):
     codes: Tensor
     scale: Tensor
 
-    @classmethod
-    def pack(cls, weight: Tensor) -> Int8Weight:
-        """A matrix, or a stack of them.
-
-        Raises:
-            MissingDependencyError: torchao is not installed.
-            CheckpointError, UnsupportedError: as `quantize` and `pack_each`.
-        """
-        return cls(pack_each(weight, _pack), weight.shape, weight.dtype)
+    @staticmethod
+    def pack_matrix(matrix: Tensor) -> dict[str, Tensor]:
+        """The parts of one matrix."""
+        codes, scale, _ = quantize(matrix, group=GROUP, low=-127, high=127, symmetric=True, needed_for="int8")
+        return {"codes": codes, "scale": scale}
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values, rounded once to `dtype`."""
         check_is_matrix(self)
         return as_matrix(dequantize(self.codes, self.scale, dtype), self)
-
-
-def _pack(matrix: Tensor) -> dict[str, Tensor]:
-    codes, scale, _ = quantize(matrix, group=GROUP, low=-127, high=127, symmetric=True, needed_for="int8")
-    return {"codes": codes, "scale": scale}

@@ -12,13 +12,12 @@ from pathlib import Path
 from torchtune.adapters.adapter import Adapter
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.lora import apply_lora
-from torchtune.adapters.targets import Problems
 from torchtune.checkpoint.headers import read_safetensors_places
 from torchtune.checkpoint.hub import HUB_ID, resolve
 from torchtune.checkpoint.open import Checkpoint
 from torchtune.checkpoint.peft_read import read_adapter, weights_file
 from torchtune.checkpoint.training_state import run_params
-from torchtune.errors import CheckpointError, ConfigError, TuneError
+from torchtune.errors import CheckpointError, ConfigError, Problems
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes.lora_params import LoRAParams, lora_config
 from torchtune.training.progress import say
@@ -66,20 +65,18 @@ def check_adapters(params: LoRAParams, checkpoint: Checkpoint, model: CausalLM) 
     problems = Problems()
 
     def read(key: str, source: str) -> Adapter | None:
-        try:
+        with problems.caught(key):
             adapter = read_adapter(source, model)
-        except (TuneError, OSError) as error:
-            problems.add(key, str(error))
-            return None
-        warn_of_other_base(source, adapter, params.model_checkpoint)
-        return adapter
+            warn_of_other_base(source, adapter, params.model_checkpoint)
+            return adapter
+        return None
 
     for source in params.frozen_adapters:
         read("frozen_adapters", source)
     if params.adapter is not None:
         _tell_of_other_ground(params)
     config = lora_config(params)
-    with problems.one():
+    with problems.caught():
         if params.adapter is None:
             config = _with_vocabulary(config, params, model)
             if grown := config.modules_to_save[len(params.modules_to_save) :]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 
 from torchtune.checkpoint.open import Checkpoint, open_tokenizer_files
 from torchtune.data.files.find import check_paths
-from torchtune.errors import ConfigError, Problem, TuneError
+from torchtune.errors import ConfigError, Problems
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
@@ -18,24 +16,6 @@ from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder
 from torchtune.training.device import get_device
-
-
-class _Problems(list[Problem]):
-    """What was found wrong; `attempt` adds to it, and goes on."""
-
-    def attempt(self, key: str, look: Callable[[], Any]) -> None:
-        """Call `look`; what it raises is a problem of `key`."""
-        try:
-            look()
-        except ConfigError as error:
-            self.extend(error.problems)
-        except (TuneError, OSError) as error:
-            self.append(Problem("", key, str(error)))
-
-    def raise_all(self) -> None:
-        """Raise everything at once, if there is anything."""
-        if self:
-            raise ConfigError(self)
 
 
 def check_finetune(
@@ -50,15 +30,19 @@ def check_finetune(
     Raises:
         ConfigError: all problems at once.
     """
-    problems = _Problems()
-    problems.attempt("device", lambda: get_device(params.device))
-    problems.attempt("output_dir", lambda: RunFolder(params, recipe))
+    problems = Problems()
+    with problems.caught("device"):
+        get_device(params.device)
+    with problems.caught("output_dir"):
+        RunFolder(params, recipe)
     _look_at_data(params, problems)
     num_before = len(problems)
     if params.tokenizer is not None:
-        problems.attempt("tokenizer", partial(open_tokenizer_files, params.tokenizer))
+        with problems.caught("tokenizer"):
+            open_tokenizer_files(params.tokenizer)
     if len(problems) == num_before:  # else one mistake would be told twice
-        problems.attempt("model_checkpoint", lambda: _check_checkpoint(params, adapt))
+        with problems.caught("model_checkpoint"):
+            _check_checkpoint(params, adapt)
     problems.raise_all()
 
 
@@ -68,17 +52,19 @@ def check_data(params: FinetuneParams) -> None:
     Raises:
         ConfigError: all problems at once.
     """
-    problems = _Problems()
+    problems = Problems()
     _look_at_data(params, problems)
     problems.raise_all()
 
 
-def _look_at_data(params: FinetuneParams, problems: _Problems) -> None:
+def _look_at_data(params: FinetuneParams, problems: Problems) -> None:
     for key in ("dataset", "eval_dataset"):
         options = getattr(params, key)
         for source in options.sources if options is not None else ():
-            problems.attempt(f"{key}.path", partial(check_paths, source.paths, source.how))
-            problems.attempt(f"{key}.transform", partial(build_transform, source.transform))
+            with problems.caught(f"{key}.path"):
+                check_paths(source.paths, source.how)
+            with problems.caught(f"{key}.transform"):
+                build_transform(source.transform)
 
 
 def _check_checkpoint(params: FinetuneParams, adapt: Callable[[Checkpoint, CausalLM], object] | None) -> None:

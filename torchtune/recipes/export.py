@@ -43,7 +43,7 @@ from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import stored_pieces
 from torchtune.quantization.kinds import packable, packer
 from torchtune.recipes.adapters import base_name, tell_carried_path, tell_local_base, warn_of_other_base
-from torchtune.training.precision import dtype_name, get_dtype
+from torchtune.training.precision import get_dtype
 from torchtune.training.progress import say
 
 Quantization = Literal["auto", "none", "nf4", "int8", "int4"]
@@ -213,25 +213,8 @@ class ExportRecipe:
             return
         tell_carried_path(self._checkpoint)
         dtype = None if self._params.dtype == "auto" else get_dtype(self._params.dtype)
-        values = self._within_range(self._merged() if self._adapters else self._stored(), dtype)
+        values = self._merged() if self._adapters else self._stored()
         save_model(folder, self._model, self._checkpoint, dtype=dtype, values=values)
-
-    def _within_range(self, values: Values, dtype: torch.dtype | None) -> Values:
-        """Refuses what would become infinite: fp16 ends at 65,504."""
-        pieces = stored_pieces(self._model)
-
-        def value(name: str, held: Tensor) -> Tensor:
-            tensor = values(name, held)
-            written = dtype or self._checkpoint.tensors[pieces[name][0].name].dtype
-            largest = tensor.abs().max().item() if tensor.numel() else 0.0
-            if not largest <= torch.finfo(written).max:  # nan is neither
-                raise CheckpointError(
-                    f"'{name}' has a value of {largest:.4g}, beyond what {dtype_name(written)} holds; use dtype=bf16 or fp32",
-                    path=self._checkpoint.path,
-                )
-            return tensor
-
-        return value
 
     def _stored(self) -> Values:
         """Reads what the base has under a name in the model."""

@@ -68,6 +68,7 @@ from torchtune.training.compiling import apply_compile
 from torchtune.training.device import get_device
 from torchtune.training.precision import autocast, dtype_name, get_dtype
 from torchtune.training.seed import seed_everything
+from torchtune.training.throughput import count_tokens
 
 RECIPE = "lora_finetune"
 
@@ -256,8 +257,7 @@ class LoRAFinetuneRecipe:
                     step = self.total_training_steps + 1
                     lr = self._optimization.set_lr(step)
                     # Every trained token of the step weighs the same, on whichever rank or micro-batch it lies.
-                    counts = [[batch.num_trained, batch.num_tokens] for batch in micro_batches]
-                    num_trained, num_tokens = sum_over_ranks(torch.tensor(counts, device=self._device).sum(0)).unbind()
+                    num_trained, num_tokens = count_tokens(micro_batches, self._device)
                     losses = []
                     for index, batch in enumerate(micro_batches):
                         # The adapter's dropout is drawn anew from these numbers, also after a resume.
@@ -277,9 +277,7 @@ class LoRAFinetuneRecipe:
                     grad_norm = self._optimization.gather_gradients()
                     self._optimization.check_finite(step, losses, grad_norm, micro_batches)
                     self._optimization.clip_gradients(grad_norm)
-                    # Parameters in bf16 are rounded at random, and alike on all ranks.
-                    seed_everything(self.state.seed, step, world_size() * len(micro_batches))
-                    self._optimization.step()
+                    self._optimization.step(self.state.seed, step, world_size() * len(micro_batches))
                     loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
                     metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
                     metrics |= {"trained_tokens": num_trained, "tokens": num_tokens}

@@ -19,6 +19,7 @@ from torchtune.recipes.params import FinetuneParams
 from torchtune.training.gradients import FiniteGuard, check_all_reached, clip_gradients, gradient_norm
 from torchtune.training.lr_schedulers import LRSchedule
 from torchtune.training.optimizers import ParamGroup, build_optimizer
+from torchtune.training.seed import seed_everything
 
 
 class Optimization:
@@ -30,7 +31,7 @@ class Optimization:
         grad_norm = optimization.gather_gradients()
         optimization.check_finite(step, losses, grad_norm, micro_batches)
         optimization.clip_gradients(grad_norm)
-        optimization.step()
+        optimization.step(seed, step, number of micro-batches on all ranks)
 
     Args:
         model: its parameters with `requires_grad` are trained.
@@ -135,8 +136,13 @@ class Optimization:
         """Scale gradients of norm `grad_norm` down to `clip_grad_norm`."""
         clip_gradients(self._model.parameters(), self._params.clip_grad_norm, grad_norm)
 
-    def step(self) -> None:
-        """Change the weights, and forget the gradients."""
+    def step(self, *seed: int) -> None:
+        """Change the weights, and forget the gradients.
+
+        Args:
+            seed: for parameters in bf16, that are rounded at random: alike on all ranks, and in a resumed run.
+        """
+        seed_everything(*seed)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         self.optimizer.zero_grad()

@@ -5,10 +5,21 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from torchtune.data.batch import Batch
+from torchtune.distributed.process_group import sum_over_ranks
+
+
+def count_tokens(micro_batches: Sequence[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The trained tokens and all tokens of an optimizer step, on all ranks, as scalars on `device`."""
+    counts = torch.tensor([[batch.num_trained, batch.num_tokens] for batch in micro_batches], device=device)
+    num_trained, num_tokens = sum_over_ranks(counts.sum(0)).unbind()
+    return num_trained, num_tokens
 
 
 class StepTimer:
