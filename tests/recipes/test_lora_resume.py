@@ -226,3 +226,12 @@ def test_the_resumed_adapter_is_the_file_and_the_base_the_original(checkpoint, s
     before, after = (load_file(out / step / "adapter_model.safetensors") for step in ("step_2", "step_3"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_pissa_run_goes_on_as_one(checkpoint, tmp_path, capsys):
+    """Its file has twice the rank and would fit a plain run of that rank, over a base with nothing taken out."""
+    out = tmp_path / "out"
+    lora(checkpoint, out, "lora_init=pissa", "max_steps=1")
+    assert resume(checkpoint, out, "lora_init=default", "lora_rank=8", "max_steps=2") == 2
+    assert "'default', and the run began with 'pissa'" in capsys.readouterr().err
+    assert not (out / "step_2").exists()
