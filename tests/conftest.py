@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.ranks import RankPool
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -13,3 +15,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two gloo ranks: `two_ranks.run(function, *args)`."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    """Four gloo ranks: `four_ranks.run(function, *args)`."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()

@@ -1,0 +1,78 @@
+"""Several gloo ranks for tests: processes that are started once and then given one function after the other."""
+
+import os
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankPool:
+    """So many ranks, each with one thread. A function that hangs fails its test, and the next one gets new ranks."""
+
+    def __init__(self, num_ranks):
+        self.num_ranks = num_ranks
+        self._workers = []
+
+    def run(self, function, *args, timeout_s=60):
+        """Call `function(*args)` on every rank; it must be found by its module's name. Returns the results by rank.
+
+        Raises:
+            AssertionError: it raised on a rank, or did not end in time; says what it said.
+        """
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((function, args))
+        deadline = time.monotonic() + timeout_s
+        answers = []
+        for rank, (process, pipe) in enumerate(self._workers):
+            if not pipe.poll(max(deadline - time.monotonic(), 1.0 if answers else 0)):
+                state = "still runs" if process.is_alive() else f"ended with {process.exitcode}"
+                answers.append((False, f"rank {rank} gave no answer within {timeout_s} s ({state})"))
+                continue
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((False, f"rank {rank} ended with {process.exitcode}"))
+        if failures := [f"rank {rank}: {answer}" for rank, (done, answer) in enumerate(answers) if not done]:
+            self.close()  # its ranks no longer stand at the same place
+            raise AssertionError("\n".join(failures))
+        return [answer for _, answer in answers]
+
+    def close(self):
+        """End the processes."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _start(self):
+        context = mp.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "store"
+        for rank in range(self.num_ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, self.num_ranks, str(store), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+
+def _work(rank, num_ranks, store, pipe):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:  # the test shows it
+            pipe.send((False, traceback.format_exc()))
