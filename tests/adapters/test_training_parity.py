@@ -88,7 +88,8 @@ def test_lora_plus_trains_as_peft(tmp_path):
     groups = lora_groups(LoRAFinetuneParams(model_checkpoint="x", dataset="x", loraplus_lr_ratio=16))
 
     def our_optimizer(model):
-        made = build_param_groups(model, [], weight_decay=None, defaults=groups)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        made = build_param_groups(trained, [], weight_decay=None, defaults=groups)
         return torch.optim.AdamW([{**g, "lr": 1e-3 * g.get("lr_ratio", 1)} for g in made], weight_decay=0.0)
 
     def their_optimizer(model):

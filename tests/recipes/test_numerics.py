@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from torchtune.distributed.mesh import Mesh
 from torchtune.errors import TrainingError
 from torchtune.modules.decoder import CausalLM
+from torchtune.parallel.gradients import GradientSums
 from torchtune.recipes.full_finetune import FullFinetuneRecipe
-from torchtune.training.gradients import clip_gradients, gradient_norm
+from torchtune.training.gradients import clip_gradients
 
 SGD = {"_component_": "torch.optim.SGD", "lr": 0.1}
 
@@ -50,14 +52,16 @@ def test_case_c102_measuring_the_norm_changes_no_gradient():
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     before = [parameter.grad.clone() for parameter in parameters]
-    norm = gradient_norm(parameters)
+    named = {str(index): parameter for index, parameter in enumerate(parameters)}
+    sums = GradientSums(torch.nn.ParameterDict(named), Mesh())
+    norm = sums.norm(named, torch.device("cpu"))
     flat = torch.cat([gradient.flatten().double() for gradient in before])
     assert norm.item() == pytest.approx(flat.pow(2).sum().sqrt().item(), rel=1e-6)
     for limit in (None, math.inf, 1e9):
         clip_gradients(parameters, limit, norm)
         assert all(torch.equal(p.grad, b) for p, b in zip(parameters, before, strict=True))
     clip_gradients(parameters, 0.5, norm)
-    assert gradient_norm(parameters).item() == pytest.approx(0.5, rel=1e-4)
+    assert sums.norm(named, torch.device("cpu")).item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_case_c098_the_logged_rate_is_the_one_used(train, tmp_path):

@@ -24,7 +24,7 @@ def model():
 
 def test_biases_and_norms_do_not_decay():
     """With weight decay on, parameters of one dimension form a group without it."""
-    groups = build_param_groups(model(), [], weight_decay=0.1)
+    groups = build_param_groups(dict(model().named_parameters()), [], weight_decay=0.1)
     by_decay = {group.get("weight_decay"): {p.dim() for p in group["params"]} for group in groups}
     assert by_decay == {None: {2}, 0.0: {1}}
 
@@ -32,7 +32,7 @@ def test_biases_and_norms_do_not_decay():
 def test_a_pattern_gives_its_own_rate():
     """Parameters that match get the group's values, the others the optimizer's."""
     net = model()
-    groups = build_param_groups(net, [ParamGroup(r"^0\.", {"lr": 0.5})], weight_decay=None)
+    groups = build_param_groups(dict(net.named_parameters()), [ParamGroup(r"^0\.", {"lr": 0.5})], weight_decay=None)
     assert [(group.get("lr"), len(group["params"])) for group in groups] == [(0.5, 2), (None, 4)]
 
 
@@ -41,7 +41,7 @@ def test_what_the_user_gives_wins_over_what_the_method_asks_for():
     net = model()
     method = [ParamGroup("weight", {"lr_ratio": 16.0, "weight_decay": 0.1})]
     wished = [ParamGroup(r"^0\.", {"lr": 0.5}), ParamGroup(r"^2\.", {"weight_decay": 0.2})]
-    groups = build_param_groups(net, wished, weight_decay=None, defaults=method)
+    groups = build_param_groups(dict(net.named_parameters()), wished, weight_decay=None, defaults=method)
     values = {id(p): {k: v for k, v in group.items() if k != "params"} for group in groups for p in group["params"]}
     assert values[id(net[0].weight)] == {"lr": 0.5, "weight_decay": 0.1}
     assert values[id(net[1].weight)] == {"lr_ratio": 16.0, "weight_decay": 0.1}
@@ -54,7 +54,9 @@ def test_a_ratio_multiplies_the_optimizers_own_rate(dtype):
     """Also where the rate is the optimizer's default, and in every step: plain SGD moves by rate x gradient."""
     net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).to(dtype)
     ratio = [ParamGroup(r"^1\.", {"lr_ratio": 16.0})]
-    optimizer = build_optimizer(net, torch.optim.SGD, [], weight_decay=None, defaults=ratio)  # its rate is 1e-3
+    optimizer = build_optimizer(
+        dict(net.named_parameters()), torch.optim.SGD, [], weight_decay=None, defaults=ratio
+    )  # its rate is 1e-3
     schedule = LRSchedule(optimizer, name="constant", num_warmup_steps=2, min_lr_ratio=0.0)
     for step, expected in ((1, 0.5), (2, 1.0), (3, 1.0)):
         assert schedule.set_lr(step, step / 3) == pytest.approx(expected * 1e-3)
@@ -69,10 +71,12 @@ def test_a_ratio_multiplies_the_optimizers_own_rate(dtype):
 def test_patterns_that_match_nothing_or_twice_are_refused():
     """A misspelt pattern must not train everything at another rate in silence."""
     with pytest.raises(ConfigError, match="matches no parameter"):
-        build_param_groups(model(), [ParamGroup("nothing", {"lr": 1.0})], weight_decay=None)
+        build_param_groups(dict(model().named_parameters()), [ParamGroup("nothing", {"lr": 1.0})], weight_decay=None)
     with pytest.raises(ConfigError, match="matches both"):
         build_param_groups(
-            model(), [ParamGroup("0", {"lr": 1.0}), ParamGroup("weight", {"lr": 2.0})], weight_decay=None
+            dict(model().named_parameters()),
+            [ParamGroup("0", {"lr": 1.0}), ParamGroup("weight", {"lr": 2.0})],
+            weight_decay=None,
         )
     with pytest.raises(ConfigError, match="matches no parameter"):
         freeze(model(), ["embed"])

@@ -126,6 +126,10 @@ class Mesh:
     fsdp: DeviceMesh | None = None
     expert_fsdp: DeviceMesh | None = None
 
+    def place_of(self, micro_batch: int, num_micro_batches: int) -> int:
+        """A number for this rank's tokens in a step, to seed dropout by: others where the tokens are others."""
+        return (self.data.rank * num_micro_batches + micro_batch) * self.context.size + self.context.rank
+
 
 def build_mesh(sizes: MeshSizes, device: torch.device) -> Mesh:
     """The mesh of all ranks. Every rank calls it; prefer `open_mesh`, which leaves no group behind.

@@ -7,14 +7,20 @@ from collections.abc import Callable, Iterable
 import torch
 
 from torchtune.data.batch import Batch
-from torchtune.distributed.process_group import sum_over_ranks
+from torchtune.distributed.mesh import Mesh
 from torchtune.errors import DataError
 from torchtune.modules.decoder import CausalLM
+from torchtune.parallel.context_parallel import own_tokens
+from torchtune.parallel.fsdp import reshard
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: CausalLM, steps: Iterable[list[Batch]], loss_fn: Callable[..., torch.Tensor], device: torch.device
+    model: CausalLM,
+    steps: Iterable[list[Batch]],
+    loss_fn: Callable[..., torch.Tensor],
+    mesh: Mesh,
+    device: torch.device,
 ) -> float:
     """Mean cross-entropy over every trained token of the held-out data, in nats.
 
@@ -30,12 +36,13 @@ def held_out_loss(
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for micro_batches in steps:
         for batch in micro_batches:
-            batch = batch.to(device)
+            batch = own_tokens(batch, mesh).to(device)
             loss = model(batch.input_ids, batch.documents, labels=batch.labels, trained=batch.trained, loss=loss_fn)
             total[0] += loss.double()
             total[1] += batch.num_trained
     model.train(was_training)
-    loss_sum, num_trained = sum_over_ranks(total).tolist()
+    reshard(model)
+    loss_sum, num_trained = mesh.tokens.sum(total).tolist()
     if num_trained == 0:
         raise DataError("the held-out data has no trained token to measure the loss on")
     return loss_sum / num_trained

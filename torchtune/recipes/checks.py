@@ -8,6 +8,7 @@ import torch
 
 from torchtune.checkpoint.open import Checkpoint, open_tokenizer_files
 from torchtune.data.files.find import check_paths
+from torchtune.distributed.process_group import world_size
 from torchtune.errors import ConfigError, Problems
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
@@ -33,6 +34,8 @@ def check_finetune(
     problems = Problems()
     with problems.caught("device"):
         get_device(params.device)
+    with problems.caught():
+        params.mesh_sizes.fitted(world_size())
     with problems.caught("output_dir"):
         RunFolder(params, recipe)
     _look_at_data(params, problems)

@@ -14,6 +14,7 @@ from torchtune.data.report import Report
 from torchtune.models.config import context_length
 from torchtune.recipes.params import FinetuneParams
 from torchtune.training.optimizers import ParamGroup
+from torchtune.training.precision import get_dtype
 
 # Peak rate of AdamW for full fine-tuning, by number of parameters: the smaller the model, the higher.
 FULL_FINETUNE_LR = ((400e6, 1e-4), (2e9, 5e-5), (15e9, 2e-5), (math.inf, 1e-5))
@@ -135,6 +136,16 @@ def param_groups(params: FinetuneParams) -> list[ParamGroup]:
     """The rates and decays by name pattern."""
     values = [(group.pattern, {"lr": group.lr, "weight_decay": group.weight_decay}) for group in params.param_groups]
     return [ParamGroup(pattern, {k: v for k, v in given.items() if v is not None}) for pattern, given in values]
+
+
+def fsdp_options(params: FinetuneParams) -> dict[str, Any]:
+    """The keywords of `apply_fsdp` that the params decide."""
+    return {
+        "reduce_dtype": get_dtype(params.fsdp_reduce_dtype),
+        "reshard_after_forward": params.fsdp_reshard_after_forward,
+        "num_prefetched": params.fsdp_prefetch,
+        "cpu_offload": params.fsdp_cpu_offload,
+    }
 
 
 def profiler_options(params: FinetuneParams, output_dir: Path) -> dict[str, Any]:

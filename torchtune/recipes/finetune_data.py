@@ -22,7 +22,7 @@ from torchtune.data.options import DatasetOptions
 from torchtune.data.prepare import Prepared
 from torchtune.data.rows import Rows, Transform
 from torchtune.data.sampler import RowSampler
-from torchtune.distributed.process_group import rank, world_size
+from torchtune.distributed.mesh import Mesh
 from torchtune.errors import ConfigError
 from torchtune.recipes import choices
 from torchtune.recipes.choices import Batching
@@ -138,6 +138,7 @@ def open_loaders(
     state: RunState,
     saved: TrainingState | None,
     *,
+    mesh: Mesh,
     until: ExitStack,
 ) -> FinetuneLoaders:
     """Prove the data, decide how it is dealt to steps, and go to the place that a resumed run is at.
@@ -145,6 +146,7 @@ def open_loaders(
     Args:
         state: has the seed, and the time that templates are told.
         saved: what the run is resumed from, if it is.
+        mesh: rows are dealt along its data axis; ranks that share rows read the same.
         until: closes the loaders.
     Raises:
         DataError: rows that can't be trained on, with file, line and remedy.
@@ -152,15 +154,15 @@ def open_loaders(
     limit = choices.longest_allowed(params, checkpoint.config)
     data = prepare_data(params, checkpoint, tokenizer, max_seq_len=limit, seed=state.seed, now=state.started)
     say(str(data.train.report))
-    batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=world_size())
-    sampler, train, held_out = _deal(data, params, batching, seed=state.seed, until=until)
+    batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=mesh.data.size)
+    sampler, train, held_out = _deal(data, params, batching, seed=state.seed, mesh=mesh, until=until)
     if saved is not None and state.steps_in_epoch:
         train.load_state_dict(saved.state["dataloader"])
     return FinetuneLoaders(batching, sampler, train, held_out)
 
 
 def _deal(
-    data: FinetuneData, params: FinetuneParams, batching: Batching, *, seed: int, until: ExitStack
+    data: FinetuneData, params: FinetuneParams, batching: Batching, *, seed: int, mesh: Mesh, until: ExitStack
 ) -> tuple[RowSampler, DataLoader, DataLoader | None]:
 
     def loader(source: Prepared | Mix, sampler: RowSampler) -> DataLoader:
@@ -173,8 +175,8 @@ def _deal(
             max_seq_len=limit,
             packed=params.packed,
             seed=seed,
-            rank=rank(),
-            world_size=world_size(),
+            rank=mesh.data.rank,
+            world_size=mesh.data.size,
             num_workers=params.num_workers,
         )
         return until.enter_context(made)

@@ -25,13 +25,18 @@ from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.data.loader import DataLoader
 from torchtune.data.sampler import RowSampler
-from torchtune.distributed.process_group import process_group, rank, sum_over_ranks, world_size
+from torchtune.distributed.mesh import Mesh, open_mesh
+from torchtune.distributed.process_group import process_group
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
+from torchtune.parallel.context_parallel import own_tokens
+from torchtune.parallel.expert_parallel import apply_expert_parallel
+from torchtune.parallel.fsdp import apply_fsdp
+from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
-from torchtune.recipes.choices import choose_lr
+from torchtune.recipes.choices import choose_lr, fsdp_options
 from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
 from torchtune.recipes.optimization import Optimization
@@ -89,6 +94,7 @@ class FullFinetuneRecipe:
         """Open the checkpoint, prove the data, build and load the model and all that training needs."""
         with closing_on_error(self.cleanup):
             self._open.enter_context(keep_freed_memory(self._device))
+            self._mesh: Mesh = self._open.enter_context(open_mesh(params.mesh_sizes, self._device))
             ckpt_dict = self.load_checkpoint(ckpt_path=params.model_checkpoint)
             if self._resume_from_checkpoint:
                 self._update_recipe_state(ckpt_dict)
@@ -129,7 +135,13 @@ class FullFinetuneRecipe:
     def _setup_data(self, params: FullFinetuneParams, ckpt_dict: dict[str, Any]) -> tuple[RowSampler, DataLoader]:
         """Read, render and prove the data, and decide how it is dealt to steps."""
         loaders = open_loaders(
-            params, self._checkpoint, self._tokenizer, self.state, ckpt_dict["training_state"], until=self._open
+            params,
+            self._checkpoint,
+            self._tokenizer,
+            self.state,
+            ckpt_dict["training_state"],
+            mesh=self._mesh,
+            until=self._open,
         )
         self._batching, self._eval_dataloader = loaders.batching, loaders.held_out
         return loaders.sampler, loaders.train
@@ -141,10 +153,13 @@ class FullFinetuneRecipe:
         self._checkpoint.check(model, self._tokenizer)
         if params.freeze:
             freeze(model, params.freeze)
+        apply_tensor_parallel(model, self._mesh.tensor)
+        apply_expert_parallel(model, self._mesh.expert)
         if params.compile:
             apply_compile(model.model.layers)
         if params.enable_activation_checkpointing:
             apply_activation_checkpointing(model.model.layers)
+        apply_fsdp(model, self._mesh, dtype=self._dtype, **fsdp_options(params))  # last: it shards what the others made
         self._checkpoint.load_into(model, device=self._device, param_dtype=self._param_dtype)
         if self._resume_from_checkpoint:
             # The model's files may be narrower than what is trained.
@@ -157,6 +172,7 @@ class FullFinetuneRecipe:
             self._model,
             params,
             self._dataloader,
+            mesh=self._mesh,
             device=self._device,
             dtype=self._dtype,
             default_lr=choose_lr(self._checkpoint.num_parameters),
@@ -205,11 +221,11 @@ class FullFinetuneRecipe:
                     lr = self._optimization.set_lr(step)
                     # Every trained token of the step weighs the same, on whichever rank or micro-batch it
                     # lies; a mean per micro-batch would favour the short ones.
-                    num_trained, num_tokens = count_tokens(micro_batches, self._device)
+                    num_trained, num_tokens = count_tokens(micro_batches, self._mesh, self._device)
                     losses = []
                     for index, batch in enumerate(micro_batches):
-                        seed_everything(self.state.seed, step, rank() * len(micro_batches) + index)
-                        batch = batch.to(self._device)
+                        seed_everything(self.state.seed, step, self._mesh.place_of(index, len(micro_batches)))
+                        batch = own_tokens(batch, self._mesh).to(self._device)
                         with self._autocast:
                             # The head runs inside the model, over trained positions alone.
                             loss = self._model(
@@ -224,8 +240,8 @@ class FullFinetuneRecipe:
                     grad_norm = self._optimization.gather_gradients()
                     self._optimization.check_finite(step, losses, grad_norm, micro_batches)
                     self._optimization.clip_gradients(grad_norm)
-                    self._optimization.step(self.state.seed, step, world_size() * len(micro_batches))
-                    loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
+                    self._optimization.step(self.state.seed, step)
+                    loss = self._mesh.tokens.sum(torch.stack(losses).sum()) / num_trained
                     metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
                     metrics |= {"trained_tokens": num_trained, "tokens": num_tokens}
                     if self._upkeep.after_step(curr_epoch, metrics):  # it counts, evaluates, logs and saves
@@ -236,7 +252,7 @@ class FullFinetuneRecipe:
         assert self._eval_dataloader is not None, "there is nothing held out"
         self._eval_dataloader.set_epoch(0)
         with self._autocast:
-            return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._device)
+            return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._mesh, self._device)
 
     def save_checkpoint(self, epoch: int | None = None) -> Path:
         """Write OUT/step_N/: the model as its source was, and recipe_state/ to resume from.

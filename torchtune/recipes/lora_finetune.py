@@ -35,10 +35,15 @@ from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.data.loader import DataLoader
 from torchtune.data.sampler import RowSampler
-from torchtune.distributed.process_group import process_group, rank, sum_over_ranks, world_size
+from torchtune.distributed.mesh import Mesh, open_mesh
+from torchtune.distributed.process_group import process_group
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
+from torchtune.parallel.context_parallel import own_tokens
+from torchtune.parallel.expert_parallel import apply_expert_parallel
+from torchtune.parallel.fsdp import apply_fsdp
+from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.quantization.kinds import packable, packer
 from torchtune.recipes.adapters import (
     base_name,
@@ -52,7 +57,7 @@ from torchtune.recipes.adapters import (
 )
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
-from torchtune.recipes.choices import choose_lora_lr
+from torchtune.recipes.choices import choose_lora_lr, fsdp_options
 from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
 from torchtune.recipes.lora_params import LoRAParams, lora_groups
@@ -114,6 +119,7 @@ class LoRAFinetuneRecipe:
         """Open the base, prove the data, build and load the model with its adapter and all that training needs."""
         with closing_on_error(self.cleanup):
             self._open.enter_context(keep_freed_memory(self._device))
+            self._mesh: Mesh = self._open.enter_context(open_mesh(params.mesh_sizes, self._device))
             ckpt_dict = self.load_checkpoint(ckpt_path=params.model_checkpoint)
             if self._resume_from_checkpoint:
                 self._update_recipe_state(ckpt_dict)
@@ -158,7 +164,13 @@ class LoRAFinetuneRecipe:
     def _setup_data(self, params: LoRAFinetuneParams, ckpt_dict: dict[str, Any]) -> tuple[RowSampler, DataLoader]:
         """Read, render and prove the data, and decide how it is dealt to steps."""
         loaders = open_loaders(
-            params, self._checkpoint, self._tokenizer, self.state, ckpt_dict["training_state"], until=self._open
+            params,
+            self._checkpoint,
+            self._tokenizer,
+            self.state,
+            ckpt_dict["training_state"],
+            mesh=self._mesh,
+            until=self._open,
         )
         self._batching, self._eval_dataloader = loaders.batching, loaders.held_out
         return loaders.sampler, loaders.train
@@ -171,10 +183,14 @@ class LoRAFinetuneRecipe:
         adapters = open_adapters(params, model)
         self._lora = adapters.config
         apply_lora(model, self._lora, is_given=adapters.start is not None)
+        apply_tensor_parallel(model, self._mesh.tensor)
+        apply_expert_parallel(model, self._mesh.expert)
         if params.compile:
             apply_compile(model.model.layers)
         if params.enable_activation_checkpointing:
             apply_activation_checkpointing(model.model.layers)
+        packed = () if params.base_quantization == "none" else packable(model)
+        apply_fsdp(model, self._mesh, dtype=self._dtype, ignored=packed, **fsdp_options(params))
         allocate_lora(model, device=self._device, dtype=self._param_dtype)
         seed_everything(self.state.seed)
         init_lora(model, self._lora.init)
@@ -190,7 +206,7 @@ class LoRAFinetuneRecipe:
             pack=None
             if quantization == "none"
             else packer(quantization, double_quantization=params.double_quantization),
-            packable=() if quantization == "none" else packable(model),
+            packable=packed,
             whole=start.whole if start else {},
             fresh=None if start else self._lora.init,
         )
@@ -205,6 +221,7 @@ class LoRAFinetuneRecipe:
             self._model,
             params,
             self._dataloader,
+            mesh=self._mesh,
             device=self._device,
             dtype=self._dtype,
             default_lr=choose_lora_lr(self._checkpoint.num_parameters),
@@ -257,12 +274,12 @@ class LoRAFinetuneRecipe:
                     step = self.total_training_steps + 1
                     lr = self._optimization.set_lr(step)
                     # Every trained token of the step weighs the same, on whichever rank or micro-batch it lies.
-                    num_trained, num_tokens = count_tokens(micro_batches, self._device)
+                    num_trained, num_tokens = count_tokens(micro_batches, self._mesh, self._device)
                     losses = []
                     for index, batch in enumerate(micro_batches):
                         # The adapter's dropout is drawn anew from these numbers, also after a resume.
-                        seed_everything(self.state.seed, step, rank() * len(micro_batches) + index)
-                        batch = batch.to(self._device)
+                        seed_everything(self.state.seed, step, self._mesh.place_of(index, len(micro_batches)))
+                        batch = own_tokens(batch, self._mesh).to(self._device)
                         with self._autocast:
                             # The backward pass ends at the lowest adapter; the base has no gradient.
                             loss = self._model(
@@ -277,8 +294,8 @@ class LoRAFinetuneRecipe:
                     grad_norm = self._optimization.gather_gradients()
                     self._optimization.check_finite(step, losses, grad_norm, micro_batches)
                     self._optimization.clip_gradients(grad_norm)
-                    self._optimization.step(self.state.seed, step, world_size() * len(micro_batches))
-                    loss = sum_over_ranks(torch.stack(losses).sum()) / num_trained
+                    self._optimization.step(self.state.seed, step)
+                    loss = self._mesh.tokens.sum(torch.stack(losses).sum()) / num_trained
                     metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
                     metrics |= {"trained_tokens": num_trained, "tokens": num_tokens}
                     if self._upkeep.after_step(curr_epoch, metrics):  # it counts, evaluates, logs and saves
@@ -289,7 +306,7 @@ class LoRAFinetuneRecipe:
         assert self._eval_dataloader is not None, "there is nothing held out"
         self._eval_dataloader.set_epoch(0)
         with self._autocast:
-            return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._device)
+            return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._mesh, self._device)
 
     def save_checkpoint(self, epoch: int | None = None) -> Path:
         """Write OUT/step_N/: the adapter as PEFT has it, tokenizer and template, and recipe_state/ to resume from.

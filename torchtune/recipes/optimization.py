@@ -7,19 +7,27 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtune.checkpoint.training_state import TrainingState, load_optimizer_tensors, optimizer_tensors
 from torchtune.config.component import instantiate
 from torchtune.data.batch import Batch
 from torchtune.data.loader import DataLoader
-from torchtune.distributed.gradients import sum_gradients
+from torchtune.distributed.mesh import Mesh
+from torchtune.distributed.process_group import world_size
+from torchtune.errors import ConfigError
+from torchtune.parallel.gradients import GradientSums
 from torchtune.recipes import choices
 from torchtune.recipes.params import FinetuneParams
-from torchtune.training.gradients import FiniteGuard, check_all_reached, clip_gradients, gradient_norm
+from torchtune.training.gradients import FiniteGuard, check_all_reached, clip_gradients
 from torchtune.training.lr_schedulers import LRSchedule
 from torchtune.training.optimizers import ParamGroup, build_optimizer
 from torchtune.training.seed import seed_everything
+from torchtune.training.stepped import SteppedParameters
+
+# Optimizers whose step of an element depends on the others of its matrix.
+WHOLE_MATRICES = ("Muon", "Adafactor")
 
 
 class Optimization:
@@ -31,10 +39,11 @@ class Optimization:
         grad_norm = optimization.gather_gradients()
         optimization.check_finite(step, losses, grad_norm, micro_batches)
         optimization.clip_gradients(grad_norm)
-        optimization.step(seed, step, number of micro-batches on all ranks)
+        optimization.step(seed, step)
 
     Args:
         model: its parameters with `requires_grad` are trained.
+        mesh: the ranks that the model is spread over.
         loader: gives the number of steps, or where that is not known beforehand, of rows.
         device: where the model is.
         dtype: what is computed in; fp16 scales its loss.
@@ -54,6 +63,7 @@ class Optimization:
         params: FinetuneParams,
         loader: DataLoader,
         *,
+        mesh: Mesh,
         device: torch.device,
         dtype: torch.dtype,
         default_lr: float,
@@ -63,9 +73,12 @@ class Optimization:
         self._params = params
         self._loader = loader
         self._device = device
+        self._parameters = SteppedParameters(model)
+        self._sums = GradientSums(model, mesh)
         options = choices.optimizer_options(params, default_lr)
+        _refuse_whole_matrices(options["_component_"], mesh)
         self.optimizer = build_optimizer(
-            model,
+            self._parameters.by_name,
             partial(instantiate, options),
             choices.param_groups(params),
             defaults=groups,
@@ -108,9 +121,17 @@ class Optimization:
         if self._is_first_step:
             check_all_reached(self._model)  # before the sum, which fills in zeros
             self._is_first_step = False
-        sum_gradients(self._model.parameters())
+        self._parameters.take_gradients()
+        self._sums.sum(self._parameters.by_name)
         self.grad_scaler.unscale_(self.optimizer)
-        return gradient_norm(self._model.parameters())
+        self._agree_on_overflow()
+        return self._sums.norm(self._parameters.by_name, self._device)
+
+    def _agree_on_overflow(self) -> None:
+        """fp16: a rank skips the step where the gradients of another one's share have overflowed."""
+        if self.grad_scaler.is_enabled() and world_size() > 1:
+            for found in self.grad_scaler._found_inf_per_device(self.optimizer).values():
+                dist.all_reduce(found, dist.ReduceOp.MAX)
 
     def check_finite(self, step: int, losses: list[Tensor], grad_norm: Tensor, micro_batches: list[Batch]) -> None:
         """Stop before a loss or gradient that is not finite reaches the weights; off the CPU, before it is kept.
@@ -134,7 +155,7 @@ class Optimization:
 
     def clip_gradients(self, grad_norm: Tensor) -> None:
         """Scale gradients of norm `grad_norm` down to `clip_grad_norm`."""
-        clip_gradients(self._model.parameters(), self._params.clip_grad_norm, grad_norm)
+        clip_gradients(self._parameters.by_name.values(), self._params.clip_grad_norm, grad_norm)
 
     def step(self, *seed: int) -> None:
         """Change the weights, and forget the gradients.
@@ -145,7 +166,7 @@ class Optimization:
         seed_everything(*seed)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        self.optimizer.zero_grad()
+        self._parameters.forget_gradients()
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint keeps: tensors by parameter name, and what JSON has room for."""
@@ -168,4 +189,14 @@ class Optimization:
         self.grad_scaler.load_state_dict(saved.state["grad_scaler"])
 
     def _names(self) -> dict[nn.Parameter, str]:
-        return {parameter: name for name, parameter in self._model.named_parameters()}
+        return {parameter: name for name, parameter in self._parameters.by_name.items()}
+
+
+def _refuse_whole_matrices(component: str, mesh: Mesh) -> None:
+    sizes = mesh.sizes
+    if component.rpartition(".")[2] in WHOLE_MATRICES and (sizes.shard, sizes.tensor, sizes.expert) != (1, 1, 1):
+        raise ConfigError(
+            f"{component} looks at whole matrices, and each rank would have a share of each; use "
+            "data_parallel_replicate alone, or an optimizer that treats each element for itself, as AdamW",
+            key="optimizer",
+        )

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from torchtune.config.component import Component
 from torchtune.config.strict import STRICT
 from torchtune.data.options import DatasetOptions
+from torchtune.distributed.mesh import MeshSizes
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Count = Annotated[int, Field(ge=1)]
@@ -148,6 +149,29 @@ class FinetuneParams:
     )
     compile: bool = Field(default=False, description="torch.compile each layer: pays off in long runs.")
 
+    # How it is spread over the ranks that a launcher starts.
+    data_parallel_replicate: Count = Field(
+        default=1, description="Copies of the model, each for other rows; their gradients are summed."
+    )
+    data_parallel_shard: int = Field(
+        default=-1, description="Ranks that share a copy, each for other rows (FSDP); -1: all that are left."
+    )
+    tensor_parallel: Count = Field(default=1, description="Ranks that share each layer's matrices and activations.")
+    context_parallel: Count = Field(default=1, description="Ranks that share the tokens of each row: for long ones.")
+    expert_parallel: Count = Field(
+        default=1, description="Ranks of data_parallel_shard x context_parallel that share a layer's experts."
+    )
+    fsdp_reshard_after_forward: bool = Field(
+        default=True, description="Let go of a layer after its forward; false: more memory, a third less to send."
+    )
+    fsdp_cpu_offload: bool = Field(
+        default=False, description="Shards and the optimizer's step in host memory; layers visit the device."
+    )
+    fsdp_reduce_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="What gradients are summed in; bf16 halves what is sent."
+    )
+    fsdp_prefetch: int = Field(default=0, ge=0, description="Layers gathered ahead, besides the next; CUDA alone.")
+
     # What is seen and kept.
     log_every_n_steps: Count = Field(default=1, description="Steps between lines of metrics.")
     metric_logger: Any = Field(
@@ -171,6 +195,17 @@ class FinetuneParams:
     )
     profiler: ProfilerParams = Field(default_factory=ProfilerParams, description="The torch profiler.")
 
+    @property
+    def mesh_sizes(self) -> MeshSizes:
+        """How many ranks each axis has."""
+        return MeshSizes(
+            self.data_parallel_replicate,
+            self.data_parallel_shard,
+            self.context_parallel,
+            self.tensor_parallel,
+            self.expert_parallel,
+        )
+
     @model_validator(mode="after")
     def _holds(self) -> FinetuneParams:
         """Pairs of values that can't both be meant."""
@@ -188,6 +223,10 @@ class FinetuneParams:
             problems.append("param_dtype: bf16 parameters can't be computed in fp16; use dtype=bf16")
         if self.resume_from_checkpoint is True and self.output_dir is None:
             problems.append("resume_from_checkpoint: true looks in output_dir, which is not given")
+        if self.data_parallel_shard < 1 and self.data_parallel_shard != -1:
+            problems.append(
+                f"data_parallel_shard: {self.data_parallel_shard} is no number of ranks; -1 is all left over"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

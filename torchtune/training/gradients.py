@@ -16,11 +16,6 @@ MAX_ROWS_NAMED = 20
 MAX_PARAMETERS_NAMED = 5
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm of all gradients together, as a tensor on their device; the host does not wait."""
-    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, norm: torch.Tensor) -> None:
     """Scale gradients whose norm is `norm` down to `max_norm`, in place; None and infinity leave them alone."""
     if max_norm is not None and math.isfinite(max_norm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,11 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def build_param_groups(
-    model: nn.Module, groups: Sequence[ParamGroup], *, weight_decay: float | None, defaults: Sequence[ParamGroup] = ()
+    trained: Mapping[str, nn.Parameter],
+    groups: Sequence[ParamGroup],
+    *,
+    weight_decay: float | None,
+    defaults: Sequence[ParamGroup] = (),
 ) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: one per set of equal values, in the order of the model's parameters.
 
@@ -54,15 +58,15 @@ def build_param_groups(
     A group that names its own `weight_decay` gets it for all that it matches.
 
     Args:
+        trained: the parameters by name.
         defaults: what the method asks for by itself; a value that `groups` has for the same parameter wins.
     Raises:
         ConfigError: a group's pattern matches no trained parameter, or two groups match the same one.
     """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    names = [name for name, _ in trained]
+    names = list(trained)
     wished, by_method = _values_by_name(groups, names), _values_by_name(defaults, names)
     made: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
-    for name, parameter in trained:
+    for name, parameter in trained.items():
         values = {**by_method.get(name, {}), **wished.get(name, {})}
         if "lr" in wished.get(name, {}):
             values.pop("lr_ratio", None)  # a rate that was asked for is meant as it stands
@@ -119,25 +123,31 @@ class StochasticRounding(torch.optim.Optimizer):
                 self._inner[parameter] = build([{"params": [master], **values}])
                 defaults = self._inner[parameter].defaults
         super().__init__(groups, defaults)
-        # The seed of a step is drawn from torch's generator, which the recipe seeds per step: resumable.
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of every parameter that has a gradient; `closure` is not supported."""
+        # Drawn from torch's generator, which the recipe seeds per step: resumable.
+        seed = int(torch.randint(2**62, ()))
         for group in self.param_groups:
             values = {key: value for key, value in group.items() if key != "params"}
             for parameter in group["params"]:
+                seed += 1
                 if parameter.grad is not None:
-                    self._step_one(parameter, values)
+                    self._step_one(parameter, values, seed)
 
-    def _step_one(self, parameter: nn.Parameter, values: dict[str, Any]) -> None:
+    def _step_one(self, parameter: nn.Parameter, values: dict[str, Any], seed: int) -> None:
         inner, master = self._inner[parameter], self._masters[parameter]
         inner.param_groups[0].update(values)
         master.data = parameter.float()
         assert parameter.grad is not None
         master.grad = parameter.grad.float()
         inner.step()
-        stochastic_round_(parameter.data, master.data)
+        # One seed a parameter: ranks that hold the same one round it alike, whatever the shares of others are.
+        device = parameter.device
+        generator = self._generators.setdefault(device, torch.Generator(device)).manual_seed(seed)
+        stochastic_round_(parameter.data, master.data, generator)
         master.data, master.grad = master.data.new_empty(0), None
         self.state[parameter] = inner.state[master]
 
@@ -160,7 +170,7 @@ class StochasticRounding(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
     build: Callable[..., torch.optim.Optimizer],
     groups: Sequence[ParamGroup],
     *,
@@ -170,12 +180,13 @@ def build_optimizer(
     """An optimizer over the trained parameters.
 
     Args:
+        trained: what it steps, by name.
         build: makes the optimizer from a list of parameter groups, the options already bound.
         groups: other rates or decays by name.
         weight_decay: the optimizer's own, if it has one.
         defaults: other rates or decays that the method asks for; `groups` wins.
     """
-    made = build_param_groups(model, groups, weight_decay=weight_decay, defaults=defaults)
+    made = build_param_groups(trained, groups, weight_decay=weight_decay, defaults=defaults)
     if any(parameter.dtype == torch.bfloat16 for group in made for parameter in group["params"]):
         return StochasticRounding(made, build)
     return build(made)

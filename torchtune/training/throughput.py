@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from torchtune.data.batch import Batch
-from torchtune.distributed.process_group import sum_over_ranks
+from torchtune.distributed.mesh import Mesh
 
 
-def count_tokens(micro_batches: Sequence[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The trained tokens and all tokens of an optimizer step, on all ranks, as scalars on `device`."""
+def count_tokens(micro_batches: Sequence[Batch], mesh: Mesh, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The trained tokens and all tokens of an optimizer step, on all ranks, as scalars on `device`.
+
+    Args:
+        micro_batches: as they were read; ranks that share their tokens have the same ones.
+    """
     counts = torch.tensor([[batch.num_trained, batch.num_tokens] for batch in micro_batches], device=device)
-    num_trained, num_tokens = sum_over_ranks(counts.sum(0)).unbind()
+    num_trained, num_tokens = mesh.data.sum(counts.sum(0)).unbind()
     return num_trained, num_tokens
 
 
