@@ -18,10 +18,12 @@ from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.fused import lora_linear, lora_linear_of_silu_product, lora_linears
 from torchtune.adapters.low_rank import Adapted
 from torchtune.adapters.targets import Targets, find_targets, find_whole
+from torchtune.distributed.collectives import sum_both_ways
+from torchtune.distributed.mesh import Axis
 from torchtune.errors import Problems, did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.grouped import grouped_linear
-from torchtune.modules.linear import Conv1D, Embedding, Linear
+from torchtune.modules.linear import Conv1D, Embedding, Linear, share_of
 from torchtune.modules.moe import Experts, Router
 from torchtune.modules.packed import dense
 
@@ -47,6 +49,8 @@ class LoRALinear(nn.Module):
 
     Attributes:
         initial: A and B at the beginning, where their product was taken out of W (PiSSA).
+        bias_share: as of `Linear`.
+        input_axis: ranks that each have some of the inputs, and the columns of W and A for them.
     """
 
     is_linear = True
@@ -56,7 +60,7 @@ class LoRALinear(nn.Module):
         self, layer: Linear | Conv1D, *, rank: int, scale: float, dropout: float = 0.0, use_dora: bool = False
     ) -> None:
         super().__init__()
-        self.transposed = isinstance(layer, Conv1D)
+        self.transposed, self.bias_share, self.input_axis = layer.transposed, layer.bias_share, Axis()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight: Tensor = layer.weight
         self.bias: Tensor | None = layer.bias
@@ -71,10 +75,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         adapter_input = self.dropout(x) if self.dropout is not None and self.training else None
-        w, a, b = self.weight, self.lora_A.weight, self.lora_B.weight
-        bias = None if self.lora_magnitude_vector is not None else self.bias
+        w, bias, a, b, scale, transposed = self._adapted()
         stretch = self._stretch()
-        out = lora_linear(x, w, bias, a, b, self.scale, transposed=self.transposed, adapter_input=adapter_input)
+        out = lora_linear(x, w, bias, a, b, scale, transposed=transposed, adapter_input=adapter_input)
         return self._stretched(out, stretch)
 
     @staticmethod
@@ -114,10 +117,15 @@ class LoRALinear(nn.Module):
                 self._squared_norms = w.square().sum(1)
             a, b = self.lora_A.weight.to(wide), self.lora_B.weight.to(wide) * self.scale
             cross = ((w @ a.T) * b).sum(1)
-            return (self._squared_norms + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)).clamp_min(0).sqrt()
+            squares = self._squared_norms + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
+            return sum_both_ways(squares, self.input_axis).clamp_min(0).sqrt()
+
+    def forget_norms(self) -> None:
+        """Measure W anew: it is another one."""
+        self._squared_norms = None
 
     def _adapted(self) -> Adapted:
-        bias = None if self.lora_magnitude_vector is not None else self.bias
+        bias = None if self.lora_magnitude_vector is not None else share_of(self.bias, self.bias_share)
         return Adapted(self.weight, bias, self.lora_A.weight, self.lora_B.weight, self.scale, self.transposed)
 
     def _stretch(self) -> Tensor | None:
@@ -132,7 +140,8 @@ class LoRALinear(nn.Module):
         if stretch is None:
             return out
         out = out * stretch.to(out.dtype)
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        bias = share_of(self.bias, self.bias_share)
+        return out if bias is None else out + bias.to(out.dtype)
 
 
 class LoRAEmbedding(nn.Module):

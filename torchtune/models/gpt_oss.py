@@ -57,7 +57,8 @@ def build(values: Mapping[str, Any]) -> CausalLM:
     gated = partial(clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
 
     def layer(index: int) -> DecoderLayer:
-        experts = experts_from(config, config.intermediate_size, gated=gated, bias=True, transposed=True)
+        options = {"gated": gated, "interleaved": True, "bias": True, "transposed": True}
+        experts = experts_from(config, config.intermediate_size, **options)
         return DecoderLayer(
             attention_from(config, bias=bool(config.attention_bias), window=windows[index], has_sinks=True),
             MoE(router_from(config, choose, bias=True), experts),

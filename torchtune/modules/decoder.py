@@ -17,6 +17,7 @@ from torchtune.modules.moe import MoE, load_balancing_loss
 from torchtune.modules.naming import Block
 from torchtune.modules.rotary import RotaryAngles, RotaryEmbedding
 from torchtune.modules.stored import as_in_model, as_stored, stored_pieces
+from torchtune.modules.vocabulary import VocabularyShare
 
 LossFunction = Callable[..., Tensor]
 
@@ -137,6 +138,7 @@ class CausalLM(Block):
         names_in_transformers: parts of names in this model, and what they are in transformers' memory, where that
             is not what its checkpoints say: adapters have those.
         peft_swaps_experts: PEFT reads the experts' stacks as [E, out, in] where they are [E, in, out].
+        vocabulary: the rows that embedding and head have, where ranks share them.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class CausalLM(Block):
         self.stored_prefixes: Mapping[str, str] = self.prefix_choices[0] if prefix_choices else {}
         self.names_in_transformers: Mapping[str, str] = {}
         self.peft_swaps_experts = False
+        self.vocabulary: VocabularyShare | None = None
         self.register_state_dict_post_hook(_rename_to_stored)
         self.register_load_state_dict_pre_hook(_rename_from_stored)
 
@@ -212,7 +215,8 @@ class CausalLM(Block):
                 finding them makes the host wait for the device.
             loss: (hidden [N, D], head weight [V, D], targets [N]) -> scalar sum; by default cross-entropy. A
                 model whose logits are capped also passes `softcap`, one whose head has a bias `bias`, one whose
-                head has a low-rank update `low_rank`: u [N, r] and b [V, r], where u b^T is added to the logits.
+                head has a low-rank update `low_rank`: u [N, r] and b [V, r], where u b^T is added to the logits,
+                one whose vocabulary is shared among ranks `vocabulary`.
             cache: keys and values of what came before.
         Returns:
             Logits [T, V] or [B, S, V]; with `labels` a float32 scalar.
@@ -234,6 +238,8 @@ class CausalLM(Block):
             logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias)
             if (update := self._head_update(hidden)) is not None:
                 logits = logits + update[0] @ update[1].T
+            if self.vocabulary is not None:
+                logits = self.vocabulary.whole(logits)
             logits = logits.view(*input_ids.shape, -1)
             return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
         labels = labels.reshape(-1)
@@ -242,7 +248,12 @@ class CausalLM(Block):
         # With no trained token the loss is a zero that still leads to every parameter: a rank without
         # work takes part in the others' collectives.
         hidden = hidden[trained]
-        options = {"softcap": self.logit_softcap, "bias": self.head_bias, "low_rank": self._head_update(hidden)}
+        options = {
+            "softcap": self.logit_softcap,
+            "bias": self.head_bias,
+            "low_rank": self._head_update(hidden),
+            "vocabulary": self.vocabulary,
+        }
         given = {name: option for name, option in options.items() if option is not None}
         total = (loss or LinearCrossEntropy())(hidden, self.head_weight, labels[trained], **given)
         return total if self.router_loss is None else total + self._router_loss() * len(trained)

@@ -17,9 +17,14 @@ class Linear(nn.Linear):
 
     The cast weight is not kept for the backward pass but made again there: a copy of all weights is more than
     the time of a cast is worth.
+
+    Attributes:
+        bias_share: how much of the bias it adds; less than all where the outputs of several ranks are added up.
     """
 
     is_linear = True
+    transposed = False
+    bias_share = 1.0
 
     def reset_parameters(self) -> None:
         """Draw fresh weights; on the meta device there are none, and asking for them loads half of torch."""
@@ -27,7 +32,8 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = share_of(self.bias, self.bias_share)
+        bias = None if bias is None else bias.to(x.dtype)
         if self.weight.dtype == x.dtype and not isinstance(self.weight, PackedWeight):
             return F.linear(x, self.weight, bias)
         output: Tensor = _CastLinear.apply(x, self.weight, False)
@@ -35,9 +41,15 @@ class Linear(nn.Linear):
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight lies as [in, out], as GPT-2's checkpoints have it (and call it)."""
+    """A linear layer whose weight lies as [in, out], as GPT-2's checkpoints have it (and call it).
+
+    Attributes:
+        bias_share: as of `Linear`.
+    """
 
     is_linear = True
+    transposed = True
+    bias_share = 1.0
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -51,7 +63,8 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = _CastLinear.apply(x, self.weight, True)
-        return output if self.bias is None else output + self.bias.to(x.dtype)
+        bias = share_of(self.bias, self.bias_share)
+        return output if bias is None else output + bias.to(x.dtype)
 
 
 class Embedding(nn.Embedding):
@@ -61,6 +74,11 @@ class Embedding(nn.Embedding):
         """As `Linear.reset_parameters`."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+def share_of(bias: Tensor | None, share: float) -> Tensor | None:
+    """What a layer adds of its bias: all, or its share where ranks add up what each makes of some inputs."""
+    return bias if bias is None or share == 1.0 else bias * share
 
 
 def linear_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:

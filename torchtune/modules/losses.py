@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchtune.distributed.collectives import gather
+from torchtune.modules.vocabulary import VocabularyShare
+
 IGNORE_INDEX = -100
 VOCAB_SLICE = 16384
 
@@ -35,6 +38,7 @@ class LinearCrossEntropy(nn.Module):
         bias: Tensor | None = None,
         softcap: float | None = None,
         low_rank: tuple[Tensor, Tensor] | None = None,
+        vocabulary: VocabularyShare | None = None,
     ) -> Tensor:
         """hidden [N, D], weight [V, D], targets [N] int64 -> float32 scalar (float64 for float64).
 
@@ -42,9 +46,11 @@ class LinearCrossEntropy(nn.Module):
             bias: [V], added to the logits.
             softcap: logits are held within it by softcap * tanh(logits / softcap).
             low_rank: u [N, r] and b [V, r] in hidden's type; u b^T is added to the logits.
+            vocabulary: weight, bias and b have these rows alone. All ranks get the loss over the whole vocabulary,
+                and of hidden and u the gradient that comes from their own rows: the sum over ranks is the whole.
         """
         update = low_rank or (None, None)
-        return _LinearCrossEntropy.apply(hidden, weight, bias, *update, targets, self.chunk_size, softcap)
+        return _LinearCrossEntropy.apply(hidden, weight, bias, *update, targets, self.chunk_size, softcap, vocabulary)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,6 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk_size: int,
         softcap: float | None,
+        vocabulary: VocabularyShare | None,
     ) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight_cast = weight.to(hidden.dtype)
@@ -85,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.copy_(narrow)
             if bias is not None:
                 logits.add_(bias)
-            total += _softmax_loss_(logits, labels, softcap, into_gradient=any(needed))
+            total += _softmax_loss_(logits, labels, softcap, vocabulary, into_gradient=any(needed))
             if any(needed):
                 gradients.add(rows, logits, logits if narrow_buffer is buffer else narrow.copy_(logits))
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.low, gradients.up)
@@ -101,10 +108,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         up = None if grad_up is None else (grad_up * grads[0]).to(ctx.hidden_dtype)
         weight = None if grad_weight is None else grad_weight.mul_(grads[0].to(grad_weight.dtype))
         bias = None if grad_bias is None else (grad_bias * grads[0]).to(ctx.bias_dtype)
-        return hidden, weight, bias, low, up, None, None, None
+        return hidden, weight, bias, low, up, None, None, None, None
 
 
-def _softmax_loss_(logits: Tensor, labels: Tensor, softcap: float | None, *, into_gradient: bool) -> Tensor:
+def _softmax_loss_(
+    logits: Tensor, labels: Tensor, softcap: float | None, vocabulary: VocabularyShare | None, *, into_gradient: bool
+) -> Tensor:
     """The summed cross-entropy of logits [n, V] at labels [n, 1].
 
     What stands in `logits` afterwards is its gradient by them as they came, or nothing of use.
@@ -113,13 +122,35 @@ def _softmax_loss_(logits: Tensor, labels: Tensor, softcap: float | None, *, int
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
         slope = 1 - (logits / softcap).square() if into_gradient else None  # of the capped by the plain logit
-    largest, of_labels = logits.amax(-1, keepdim=True), logits.gather(1, labels)
-    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    place, is_held = (labels, None) if vocabulary is None else vocabulary.places(labels)
+    largest, of_labels = logits.amax(-1, keepdim=True), logits.gather(1, place)
+    sums = divisor = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    of_label = torch.full_like(sums, -1.0)
+    if vocabulary is not None and is_held is not None:
+        of_label *= is_held
+        own_largest = largest
+        largest, sums, of_labels = _over_ranks(largest, sums, of_labels * is_held, vocabulary)
+        divisor = sums * (largest - own_largest).exp()
     if into_gradient:
-        logits.div_(sums).scatter_add_(1, labels, torch.full_like(sums, -1.0))
+        logits.div_(divisor).scatter_add_(1, place, of_label)
     if slope is not None:
         logits.mul_(slope)
     return (sums.log() + largest - of_labels).sum()
+
+
+def _over_ranks(
+    largest: Tensor, sums: Tensor, of_labels: Tensor, vocabulary: VocabularyShare
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same three [n, 1] for the logits of all ranks, by one collective.
+
+    Args:
+        sums: of exp(logit - largest).
+        of_labels: the label's logit on the rank that has it, 0 elsewhere.
+    """
+    every = gather(torch.cat((largest, sums, of_labels), dim=1), vocabulary.axis).unflatten(0, (-1, len(sums)))
+    largest_of, sums_of, labels_of = every.split(1, dim=2)  # [ranks, n, 1]
+    largest = largest_of.amax(0)
+    return largest, (sums_of * (largest_of - largest).exp()).sum(0), labels_of.sum(0)
 
 
 class _Gradients:

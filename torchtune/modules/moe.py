@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchtune.modules.activations import ACTIVATIONS
 from torchtune.modules.grouped import grouped_linear
+from torchtune.modules.linear import share_of
 from torchtune.modules.naming import Block
 from torchtune.modules.stored import Piece, Stored
 
@@ -146,8 +147,10 @@ class Experts(Stored):
         bias: each expert has biases, `gate_up_proj_bias` and `down_proj_bias`.
         weigh_inputs: a token is weighed before its experts and not after them (Llama 4).
         separate: the names of gate, up and down of one expert, in checkpoints that store each apart.
+        interleaved: what `gated` takes is not gate and then up, but the two in turn (gpt-oss).
 
     Attributes:
+        down_bias_share: how much of `down_proj_bias` is added; less than all where ranks' outputs are added up.
         updates: modules (rows [N, in], counts [E]) -> [N, out] whose output is added to that of the projection they
             are named after. They are no part of a checkpoint.
     """
@@ -165,6 +168,7 @@ class Experts(Stored):
         transposed: bool = False,
         weigh_inputs: bool = False,
         separate: Sequence[str] = (),
+        interleaved: bool = False,
     ) -> None:
         super().__init__()
         up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
@@ -177,6 +181,7 @@ class Experts(Stored):
                 nn.init.normal_(parameter, std=0.02)
         self.num_experts, self.intermediate_size = num_experts, intermediate_size
         self.gated, self.transposed, self.weigh_inputs = gated, transposed, weigh_inputs
+        self.interleaved, self.down_bias_share = interleaved, 1.0
         self.updates = nn.ModuleDict()
         # Without `separate` nothing is stored otherwise than here.
         self.layouts = (partial(self._one_by_one, tuple(separate)), self._stacked) if separate else (dict,)
@@ -206,7 +211,7 @@ class Experts(Stored):
 
     def _linear(self, name: str, x: Tensor, counts: Tensor) -> Tensor:
         out = grouped_linear(x, getattr(self, name), counts, transposed=self.transposed)
-        bias: Tensor | None = getattr(self, f"{name}_bias")
+        bias = share_of(getattr(self, f"{name}_bias"), self.down_bias_share if name == "down_proj" else 1.0)
         if bias is not None:
             out = out + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
         return out + self.updates[name](x, counts) if name in self.updates else out

@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtune.distributed.collectives import sum_both_ways
+from torchtune.distributed.mesh import Axis
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim, taken in float32. Source: Zhang & Sennrich, 2019 (arXiv:1910.07467).
 
     Args:
         from_one: the checkpoint stores the weight's distance from one (Gemma).
+
+    Attributes:
+        axis: ranks that hold equal shares of the last dim; rms(x) is over all of it.
     """
 
     def __init__(self, size: int, eps: float, *, from_one: bool = False) -> None:
@@ -23,10 +29,13 @@ class RMSNorm(nn.Module):
             nn.init.constant_(self.weight, 0.0 if from_one else 1.0)
         self.eps = eps
         self.from_one = from_one
+        self.axis = Axis()
 
     def forward(self, x: Tensor) -> Tensor:
         # In float32: one and a small distance from it do not fit into half precision together.
         weight = self.weight.to(torch.promote_types(x.dtype, torch.float32)) + 1.0 if self.from_one else self.weight
+        if self.axis.size > 1:
+            return _rms_norm_over(self.axis, x, weight, self.eps)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _RMSNormFunction.apply(x, weight, self.eps)
         if self.from_one:
@@ -70,6 +79,12 @@ class LayerNorm(nn.Module):
             return F.layer_norm(wide, weight.shape, weight, bias, self.eps).to(x.dtype)
         normed = F.layer_norm(wide, wide.shape[-1:], eps=self.eps) * weight
         return (normed if bias is None else normed + bias).to(x.dtype)
+
+
+def _rms_norm_over(axis: Axis, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = sum_both_ways(wide.square().mean(-1, keepdim=True), axis) / axis.size
+    return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)
 
 
 class _RMSNormFunction(torch.autograd.Function):
