@@ -28,8 +28,18 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, *, transposed: boo
     Returns:
         [T, out].
     """
-    out: Tensor = _GroupedLinear.apply(x, weight, counts, transposed)
+    one_kernel = not isinstance(weight, PackedWeight) and _is_one_kernel(x, *weight.shape[1:])
+    out: Tensor = (_GroupedLinear.apply if one_kernel else _apply_group_by_group)(x, weight, counts, transposed)
     return out
+
+
+def hide_from_compiler() -> None:
+    """Let torch.compile leave what goes group by group as it is: for the counts it would break off at each step.
+
+    Not at import, where it would cost a second of loading dynamo.
+    """
+    global _apply_group_by_group
+    _apply_group_by_group = torch.compiler.disable(_GroupedLinear.apply)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -77,6 +87,9 @@ def _sums_of_products(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
         torch.mm(left[rows].T, right[rows], out=sums[expert])
         start += count
     return sums
+
+
+_apply_group_by_group = _GroupedLinear.apply
 
 
 def _is_one_kernel(x: Tensor, *sizes: int) -> bool:

@@ -192,17 +192,24 @@ class Experts(Stored):
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # [T k], by expert
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
+        # Not `bincount`, for which the host would wait on CUDA.
+        counts = order.new_zeros(self.num_experts).scatter_add_(0, experts.flatten(), torch.ones_like(order))
         weight_of_row = weights.flatten()[order, None].to(x.dtype)
-        rows: Tensor = _RowsOfTokens.apply(x, order, place, top_k)
+        rows = rows_of_tokens(x, order, place, top_k)
         if self.weigh_inputs:
             rows = rows * weight_of_row
-        gate_up = self._linear("gate_up_proj", rows, counts)
-        rows = self._linear("down_proj", self.gated(gate_up), counts)
+        rows = self.of_rows(rows, counts)
         if not self.weigh_inputs:
             rows = rows * weight_of_row
-        out: Tensor = _SumsOfRows.apply(rows, order, place, top_k)
-        return out
+        return sums_of_rows(rows, order, place, top_k)
+
+    def of_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [N, D], the first counts[0] for expert 0 and so on, counts [E] -> [N, D], unweighed.
+
+        Expert parallelism wraps it: everything around it is of this rank's tokens, everything in it of its experts.
+        """
+        gate_up = self._linear("gate_up_proj", rows, counts)
+        return self._linear("down_proj", self.gated(gate_up), counts)
 
     def sizes_of(self, name: str) -> tuple[int, int]:
         """in and out of a projection: D and 2 F, or F and D."""
@@ -229,13 +236,27 @@ class Experts(Stored):
         return {"gate_up_proj": halves, "down_proj": [Piece(f"{e}.{down}.weight", (e,)) for e in experts]}
 
 
-class _RowsOfTokens(torch.autograd.Function):
+def rows_of_tokens(x: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
     """Each token k times, in the experts' order: x [T, D] -> [T k, D].
 
     Its gradient is a sum over k in the tokens' order: adding by index would be slow, and not deterministic on
     every device.
-    """
 
+    Args:
+        order: [T k], at each place of the result, k times the token that it is of, and its choice.
+        place: [T k], the inverse of it.
+    """
+    rows: Tensor = _RowsOfTokens.apply(x, order, place, top_k)
+    return rows
+
+
+def sums_of_rows(rows: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+    """The sum of each token's k rows: [T k, D] in the experts' order -> [T, D]; the transpose of the above."""
+    sums: Tensor = _SumsOfRows.apply(rows, order, place, top_k)
+    return sums
+
+
+class _RowsOfTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order, place)
@@ -249,8 +270,6 @@ class _RowsOfTokens(torch.autograd.Function):
 
 
 class _SumsOfRows(torch.autograd.Function):
-    """The sum of each token's k rows: [T k, D] in the experts' order -> [T, D]; the transpose of the above."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order, place)

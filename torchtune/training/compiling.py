@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torchtune.modules.cpu_attention import hide_from_compiler
+from torchtune.modules import cpu_attention, grouped
+from torchtune.modules.moe import Experts
 
 
 def apply_compile(layers: nn.ModuleList) -> None:
@@ -14,6 +15,10 @@ def apply_compile(layers: nn.ModuleList) -> None:
     The token axis changes its length from batch to batch, so it is marked dynamic from the start. Activation
     checkpointing goes around it, afterwards: a checkpoint inside would keep the compiler from all of the layer.
     """
-    hide_from_compiler()
+    cpu_attention.hide_from_compiler()
+    grouped.hide_from_compiler()
     for layer in layers:
+        for experts in [module for module in layer.modules() if isinstance(module, Experts)]:
+            if "of_rows" in vars(experts):  # wrapped: rows go to other ranks, and the host must know how many
+                experts.of_rows = torch.compiler.disable(experts.of_rows)  # type: ignore[method-assign]
         layer.forward = torch.compile(layer.forward, dynamic=True)
