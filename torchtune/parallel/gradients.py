@@ -19,7 +19,7 @@ from torchtune.distributed.mesh import Axis, Mesh
 from torchtune.distributed.part import is_sharded
 from torchtune.distributed.process_group import sum_over_ranks, world_size
 from torchtune.modules.moe import Experts
-from torchtune.parallel.tensor_parallel import unsplit_parameters
+from torchtune.parallel.splits import unsplit_parameters
 
 
 class GradientSums:

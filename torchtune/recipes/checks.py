@@ -7,11 +7,14 @@ from collections.abc import Callable
 import torch
 
 from torchtune.checkpoint.open import Checkpoint, open_tokenizer_files
+from torchtune.config.component import instantiate
 from torchtune.data.files.find import check_paths
 from torchtune.distributed.process_group import world_size
 from torchtune.errors import ConfigError, Problems
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
+from torchtune.parallel.expert_parallel import check_expert_parallel
+from torchtune.parallel.tensor_sizes import check_tensor_parallel
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
@@ -81,5 +84,11 @@ def _check_checkpoint(params: FinetuneParams, adapt: Callable[[Checkpoint, Causa
             f"{params.max_seq_len} is more than this checkpoint's {context}; set max_seq_len={context}",
             key="max_seq_len",
         )
+    problems = Problems()
+    with problems.caught("tensor_parallel"):
+        check_tensor_parallel(model, params.tensor_parallel, loss=instantiate(params.loss))
+    with problems.caught("expert_parallel"):
+        check_expert_parallel(model, params.expert_parallel)
+    problems.raise_all()
     if adapt is not None:
         adapt(checkpoint, model)
