@@ -37,11 +37,12 @@ class NormOfHeads(LayerNorm, Stored):
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__((num_heads, head_dim), eps, bias=False)
+        self.num_heads = num_heads  # of the checkpoint; a rank may hold fewer
         self.layouts = (self._one_each,)
         self.layout = self._one_each
 
     def _one_each(self) -> dict[str, list[Piece]]:
-        return {"weight": [Piece(f"norms.{head}.weight", (head,)) for head in range(len(self.weight))]}
+        return {"weight": [Piece(f"norms.{head}.weight", (head,)) for head in range(self.num_heads)]}
 
 
 def build(values: Mapping[str, Any]) -> CausalLM:
