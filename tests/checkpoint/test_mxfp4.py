@@ -14,6 +14,7 @@ from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.mxfp4 import dequantise
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.checkpoint.save import save_model
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 
 CONFIG = GptOssConfig(**SIZES | HEADS | {"intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2})
@@ -94,6 +95,16 @@ def test_what_is_saved_equals_the_packed_model_in_transformers(tmp_path):
     assert saved(ids).logits.equal(unpacked(ids).logits)
     ours, theirs = load_model(tmp_path / "packed", dtype=torch.float32)(ids), saved.float()(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_some_experts_are_read_alone(tmp_path):
+    """A rank's experts, of them a part of the rows: what all of them read whole would give."""
+    packed_folder(tmp_path)
+    weights = open_checkpoint(tmp_path).weights
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    whole = weights.read(name)
+    part = Part.all_of(whole.shape).narrow(0, 1, 2).take(2, 1, 2, stretches=(64, 64))
+    assert torch.equal(weights.read_part(name, part), part.of(whole))
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape"])

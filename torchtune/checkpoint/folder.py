@@ -25,6 +25,7 @@ from torchtune.checkpoint.headers import (
 from torchtune.checkpoint.meta_shards import ConsolidatedShards
 from torchtune.checkpoint.pickles import SUFFIXES, PickleFile, read_pickle_header
 from torchtune.checkpoint.tensor_file import TensorFile
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class FileSet:
         return self.index.name if self.index else self.files[0].name
 
 
-class WeightFiles:
+class WeightFiles(WeightSource):
     """The tensors of files, read one at a time, in the type that they are saved in.
 
     Args:
@@ -74,6 +75,10 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU."""
         return self._file_of(name).read(name)
+
+    def read_part(self, name: str, part: Part) -> Tensor:
+        """A part of one tensor; where it lies in the file as in memory, no more than it is read."""
+        return self.read(name) if part.is_whole else self._file_of(name).read_part(name, part)
 
     def read_into(self, tensor: Tensor, name: str) -> None:
         """Fill a tensor of the same shape and type, straight from the file where it is contiguous."""

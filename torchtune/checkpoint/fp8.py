@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchtune.checkpoint.headers import TensorHeader, WeightSource
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 
 SCALE = "_scale_inv"
@@ -22,7 +23,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BLOCK_SIZE = (128, 128)
 
 
-class FP8Weights:
+class FP8Weights(WeightSource):
     """A source of tensors in which matrices in float8 are bfloat16.
 
     Args:
@@ -49,6 +50,11 @@ class FP8Weights:
         if tensor.dtype not in FLOAT8:
             return tensor
         return dequantise(tensor, self._scaled.read(name + SCALE), self._block_size)
+
+    def read_part(self, name: str, part: Part) -> Tensor:
+        """A part of one tensor."""
+        is_scaled = self._scaled.headers[name].dtype in FLOAT8
+        return super().read_part(name, part) if is_scaled else self._scaled.read_part(name, part)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torchtune.checkpoint.gguf import GGUFFile
-from torchtune.checkpoint.headers import TensorHeader
+from torchtune.checkpoint.headers import TensorHeader, WeightSource
 from torchtune.checkpoint.layouts import as_halves
 from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.models.build import build_model
@@ -65,7 +65,7 @@ class Origin:
     make: Callable[..., Tensor] = unchanged
 
 
-class GGUFWeights:
+class GGUFWeights(WeightSource):
     """The tensors of a GGUF file as those of a Hugging Face checkpoint.
 
     Attributes:

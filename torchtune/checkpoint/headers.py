@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100 * 2**20
@@ -62,6 +63,11 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in memory that is the caller's: it may be kept, and changed in place."""
+
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        """A part of one; where it can't be read by itself, the whole is for a moment in memory."""
+        whole = self.read(name)
+        return whole if part.is_whole else part.of(whole).clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchtune.checkpoint.headers import TensorHeader, WeightSource
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError, UnsupportedError
 from torchtune.models.config import HFConfig
 
@@ -120,7 +121,7 @@ class _Origin:
     in_pairs: bool
 
 
-class TranslatedWeights:
+class TranslatedWeights(WeightSource):
     """Weights of another layout as those of a Hugging Face checkpoint.
 
     Args:
@@ -142,6 +143,13 @@ class TranslatedWeights:
         parts = [self._stored.read(part) for part in origin.parts]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return as_halves(whole, self._head_dim) if origin.in_pairs else whole
+
+    def read_part(self, name: str, part: Part) -> Tensor:
+        """A part of one tensor."""
+        origin = self._origins[name]
+        if len(origin.parts) > 1 or origin.in_pairs:
+            return super().read_part(name, part)
+        return self._stored.read_part(origin.parts[0], part)
 
     def close(self) -> None:
         """Let go of the files."""

@@ -26,7 +26,7 @@ class Shard(WeightSource, Protocol):
         """Fill a tensor of the same shape and type."""
 
 
-class ConsolidatedShards:
+class ConsolidatedShards(WeightSource):
     """Tensors of which every file has a share.
 
     Args:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtune.checkpoint.headers import TensorHeader, WeightSource
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -22,7 +23,7 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_VALUES = (*MAGNITUDES, *(-value for value in MAGNITUDES))
 
 
-class MXFP4Weights:
+class MXFP4Weights(WeightSource):
     """A source of tensors in which packed ones stand under their parameter's name, as bfloat16.
 
     Args:
@@ -45,6 +46,16 @@ class MXFP4Weights:
             return self._packed.read(name)
         return dequantise(self._packed.read(name + BLOCKS), self._packed.read(name + SCALES))
 
+    def read_part(self, name: str, part: Part) -> Tensor:
+        """A part of one tensor; of a packed one its experts are read alone, and these whole."""
+        if name in self._packed.headers:
+            return self._packed.read_part(name, part)
+        blocks, scales = (
+            self._packed.read_part(other, _experts(part, self._packed.headers[other].shape))
+            for other in (name + BLOCKS, name + SCALES)
+        )
+        return part.inside(_experts(part, part.whole)).of(dequantise(blocks, scales)).contiguous()
+
     def close(self) -> None:
         """Let go of the files."""
         self._packed.close()
@@ -59,6 +70,11 @@ class MXFP4Weights:
             )
         num_experts, num_out, num_blocks, num_bytes = blocks.shape
         return TensorHeader((num_experts, num_blocks * num_bytes * 2, num_out), torch.bfloat16, blocks.file)
+
+
+def _experts(part: Part, shape: tuple[int, ...]) -> Part:
+    """Of a tensor of this shape, the experts that are in `part`, whole."""
+    return Part(shape, (part.ranges[0], *Part.all_of(shape).ranges[1:]))
 
 
 def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from torchtune.checkpoint.hub import resolve
 from torchtune.checkpoint.layouts import in_hugging_face_layout
 from torchtune.checkpoint.meta_params import config_from_params
 from torchtune.checkpoint.mxfp4 import MXFP4Weights
+from torchtune.distributed.part import Part, holding, parts
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.stored import Piece, as_stored, fit_layouts, stored_pieces, stored_tensors
+from torchtune.modules.stored import Piece, fit_layouts, stored_pieces, stored_shapes, stored_tensors
 from torchtune.tokenizers.files import (
     TOKENIZER_FILES,
     has_vocabulary,
@@ -145,7 +146,7 @@ class Checkpoint:
             CheckpointError: tensors missing, left over or of another shape; or tokens without an embedding.
         """
         fit_layouts(model, self.tensors)
-        expected = {name: tuple(tensor.shape) for name, tensor in as_stored(model, stored_tensors(model))}
+        expected = stored_shapes(model)
         left_over = set(self.tensors) - set(expected) - self.carried(model)
         problems = [
             f"tensor '{name}' is missing{did_you_mean(name, left_over)}"
@@ -179,53 +180,66 @@ class Checkpoint:
         param_dtype: torch.dtype = torch.float32,
         place: Callable[[str, Tensor], Tensor] | None = None,
     ) -> None:
-        """Give a meta model its parameters, tensor by tensor.
+        """Give a meta model its parameters, tensor by tensor; of those that ranks share, this rank's part alone.
 
         Args:
             param_dtype: the type of the parameters in memory; saved buffers stay float32.
-            place: in its stead, makes of a parameter's name and stored value what the model is to hold.
+            place: in its stead, makes of a parameter's name and stored value what the model is to hold. It is given
+                what this rank holds, or the whole where its `needs_whole(name)` says so; what it makes is this rank's.
         Raises:
             CheckpointError: as `check`.
         """
         self.check(model)
-        self._check_tied_head(model)
-        pieces = stored_pieces(model)
+        held, pieces = parts(model), stored_pieces(model)
+        self._check_tied_head(model, held)
+        needs_whole = getattr(place, "needs_whole", lambda name: False)
         # The largest first: what is read before it is cast lies beside it for a moment, and then there is room.
-        in_order = sorted(stored_tensors(model).items(), key=lambda named: named[1].numel(), reverse=True)
+        in_order = sorted(stored_tensors(model).items(), key=lambda named: held[named[0]].numel, reverse=True)
         for name, tensor in in_order:
-            is_parameter = isinstance(tensor, nn.Parameter)
-            dtype = param_dtype if is_parameter else torch.float32
-            if is_parameter and place is not None:
-                stored = self.read_parameter(tensor.shape, pieces[name]).to(device)
+            part = held[name]
+            if place is not None and isinstance(tensor, nn.Parameter):
+                wanted = Part.all_of(part.whole) if needs_whole(name) else part
+                stored = self.read_parameter(wanted, pieces[name]).to(device)
                 try:
-                    held = place(name, stored)
+                    value = place(name, stored)
                 except CheckpointError as error:
                     raise CheckpointError(f"tensor '{name}': {error.problem}", path=self.path) from error
-                _assign(model, name, nn.Parameter(held, tensor.requires_grad))
-                continue
-            # One copy of the weights in memory: a tensor that is stored whole is read into its place.
-            if [piece.index for piece in pieces[name]] == [()]:
-                loaded = self.weights.read(pieces[name][0].name).to(device=device, dtype=dtype)
             else:
-                loaded = torch.empty(tensor.shape, dtype=dtype, device=device)
-                for piece in pieces[name]:
-                    loaded[piece.index].copy_(self.weights.read(piece.name))
-            _assign(model, name, nn.Parameter(loaded, tensor.requires_grad) if is_parameter else loaded)
+                dtype = param_dtype if isinstance(tensor, nn.Parameter) else torch.float32
+                value = self.read_parameter(part, pieces[name], dtype=dtype, device=device)
+            _assign(model, name, holding(tensor, value) if isinstance(tensor, nn.Parameter) else value)
         self.weights.close()
 
-    def read_parameter(self, shape: torch.Size, pieces: Sequence[Piece]) -> Tensor:
-        """What a parameter of this shape and these pieces is in the checkpoint, in its stored type, on the CPU."""
+    def read_parameter(
+        self,
+        part: Part,
+        pieces: Sequence[Piece],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """A part of the parameter that has these pieces in the checkpoint.
+
+        Args:
+            dtype: the one that it is wanted in; by default the stored one.
+        """
+        # One copy of the weights in memory: a tensor that is stored whole is read into its place.
         if [piece.index for piece in pieces] == [()]:
-            return self.weights.read(pieces[0].name)
-        whole = torch.empty(shape, dtype=self.tensors[pieces[0].name].dtype)
+            return self.weights.read_part(pieces[0].name, part).to(device=device, dtype=dtype)
+        held = torch.empty(part.shape, dtype=dtype or self.tensors[pieces[0].name].dtype, device=device)
         for piece in pieces:
-            whole[piece.index].copy_(self.weights.read(piece.name))
-        return whole
+            region = piece.region(part.whole)
+            common = part.meet(region)
+            if common.numel:
+                read = self.weights.read_part(piece.name, piece.stored(common.inside(region))).view(common.shape)
+                for mine, theirs in part.overlaps(common):
+                    held[mine].copy_(read[theirs])
+        return held
 
     def reader(self, model: CausalLM) -> Callable[[str], Tensor]:
-        """Reads a parameter of `model`, by its name there, as `read_parameter` does."""
-        pieces = stored_pieces(model)
-        return lambda name: self.read_parameter(model.get_parameter(name).shape, pieces[name])
+        """Reads a parameter of `model`, by its name there, whole and in its stored type."""
+        held, pieces = parts(model), stored_pieces(model)
+        return lambda name: self.read_parameter(Part.all_of(held[name].whole), pieces[name])
 
     def carried(self, model: CausalLM) -> set[str]:
         """The tensors that are not the model's and are written again as they were, where it can be saved so.
@@ -239,13 +253,16 @@ class Checkpoint:
             found |= {name for name in self.tensors if name.endswith(TIED_HEADS)}
         return found - {piece.name for pieces in stored_pieces(model).values() for piece in pieces}
 
-    def _check_tied_head(self, model: CausalLM) -> None:
-        """A head beside a tied embedding must be its copy: it is read as one, and saved as one."""
+    def _check_tied_head(self, model: CausalLM, held: Mapping[str, Part]) -> None:
+        """A head beside a tied embedding must be its copy: it is read as one, and saved as one. Each rank sees its part."""
         if not model.is_tied:
             return
-        embedding = stored_pieces(model)[model.vocabulary_parameters[0]][0].name
+        name = model.vocabulary_parameters[0]
+        part, embedding = held[name], stored_pieces(model)[name][0].name
         for head in sorted(self.carried(model)):
-            if head.endswith(TIED_HEADS) and not torch.equal(self.weights.read(head), self.weights.read(embedding)):
+            if head.endswith(TIED_HEADS) and not torch.equal(
+                self.weights.read_part(head, part), self.weights.read_part(embedding, part)
+            ):
                 raise CheckpointError(
                     f"its config ties the head to the embedding, but '{head}' and '{embedding}' differ; where the "
                     "head is meant, set tie_word_embeddings to false in config.json, else remove it",
@@ -264,7 +281,7 @@ class Checkpoint:
             )
 
 
-class NoWeights:
+class NoWeights(WeightSource):
     """Stands where a checkpoint was opened without its weights."""
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from torchtune.checkpoint.headers import TensorHeader, refuse_lfs_pointer
 from torchtune.checkpoint.tensor_file import TensorFile
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 
 SUFFIXES = (".bin", ".pt", ".pth")
@@ -47,6 +48,12 @@ class PickleFile:
         tensor = self.peek(name)
         owns_memory = not self._is_mapped and tensor.is_contiguous() and self._fills_storage(tensor)
         return tensor if owns_memory else tensor.clone(memory_format=torch.contiguous_format)
+
+    def read_part(self, name: str, part: Part) -> Tensor:
+        """A part of one tensor on the CPU, in memory of its own."""
+        if name in self._plain.places:
+            return self._plain.read_part(name, part)
+        return part.of(self.peek(name)).clone(memory_format=torch.contiguous_format)
 
     def read_into(self, tensor: Tensor, name: str) -> None:
         """Fill a contiguous tensor of the same shape and type."""

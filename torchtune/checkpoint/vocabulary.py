@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from torchtune.checkpoint.headers import TensorHeader
-from torchtune.checkpoint.open import TIED_HEADS, Checkpoint, WeightSource
+from torchtune.checkpoint.headers import TensorHeader, WeightSource
+from torchtune.checkpoint.open import TIED_HEADS, Checkpoint
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 from torchtune.models.build import build_model
 from torchtune.modules.stored import fit_layouts, stored_pieces
@@ -50,7 +51,7 @@ def grow_vocabulary(
     return grown
 
 
-class _GrownWeights:
+class _GrownWeights(WeightSource):
     """A source whose vocabulary tensors have more rows."""
 
     def __init__(
@@ -70,6 +71,9 @@ class _GrownWeights:
         mean = tensor[: self._num_known].mean(0, dtype=torch.float64)
         grown[self._new] = mean.to(tensor.dtype)
         return grown
+
+    def read_part(self, name: str, part: Part) -> torch.Tensor:
+        return super().read_part(name, part) if name in self._names else self._source.read_part(name, part)
 
     def close(self) -> None:
         self._source.close()

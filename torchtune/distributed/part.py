@@ -8,6 +8,7 @@ between world sizes need to know no more than that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -28,7 +29,7 @@ class Part:
 
     Attributes:
         whole: the shape of all of it.
-        ranges: for each dim the stretches of the whole that are held, [start, end), in the order in which they lie.
+        ranges: for each dim the stretches of the whole that are held, [start, end), rising.
     """
 
     whole: tuple[int, ...]
@@ -43,6 +44,11 @@ class Part:
     def shape(self) -> tuple[int, ...]:
         """The shape of what is held."""
         return tuple(sum(end - start for start, end in of_dim) for of_dim in self.ranges)
+
+    @property
+    def numel(self) -> int:
+        """The number of elements that are held."""
+        return math.prod(self.shape)
 
     @property
     def is_whole(self) -> bool:
@@ -74,17 +80,29 @@ class Part:
             position += length
         return self._with(dim, kept)
 
+    def meet(self, other: Part) -> Part:
+        """What is held of the same whole here and there."""
+        met = self
+        for dim, (mine, theirs) in enumerate(zip(self.ranges, other.ranges, strict=True)):
+            met = met._with(dim, [stretch.in_whole for stretch in _common(mine, theirs)])
+        return met
+
+    def inside(self, outer: Part) -> Part:
+        """This part, which `outer` holds too, as a part of what `outer` holds."""
+        seen = Part.all_of(outer.shape)
+        for dim, (mine, theirs) in enumerate(zip(self.ranges, outer.ranges, strict=True)):
+            seen = seen._with(dim, [stretch.in_second for stretch in _common(mine, theirs)])
+        return seen
+
+    def overlaps(self, other: Part) -> Iterator[tuple[Slices, Slices]]:
+        """Blocks that both hold: where each lies in what is held here, and where in what `other` holds."""
+        per_dim = [_common(mine, theirs) for mine, theirs in zip(self.ranges, other.ranges, strict=True)]
+        for chosen in product(*per_dim):
+            yield tuple(slice(*each.in_first) for each in chosen), tuple(slice(*each.in_second) for each in chosen)
+
     def rectangles(self) -> Iterator[tuple[Slices, Slices]]:
         """Where each contiguous block lies in what is held, and where in the whole."""
-        per_dim = list[list[tuple[slice, slice]]]()
-        for of_dim in self.ranges:
-            blocks, position = [], 0
-            for start, end in of_dim:
-                blocks.append((slice(position, position + end - start), slice(start, end)))
-                position += end - start
-            per_dim.append(blocks)
-        for chosen in product(*per_dim):
-            yield tuple(block[0] for block in chosen), tuple(block[1] for block in chosen)
+        return self.overlaps(Part.all_of(self.whole))
 
     def of(self, tensor: Tensor) -> Tensor:
         """This part of the whole `tensor`; a view where it is one block, else a copy."""
@@ -107,6 +125,31 @@ class Part:
             else:
                 merged.append((start, end))
         return Part(self.whole, (*self.ranges[:dim], tuple(merged), *self.ranges[dim + 1 :]))
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A range that two lists of ranges have in common: in the whole, and where it lies in what each makes up."""
+
+    in_whole: Range
+    in_first: Range
+    in_second: Range
+
+
+def _common(first: Sequence[Range], second: Sequence[Range]) -> list[_Stretch]:
+    found, before = [], 0
+    for start, end in first:
+        also_before = 0
+        for other_start, other_end in second:
+            low, high = max(start, other_start), min(end, other_end)
+            if low < high:
+                place, other_place = before + low - start, also_before + low - other_start
+                found.append(
+                    _Stretch((low, high), (place, place + high - low), (other_place, other_place + high - low))
+                )
+            also_before += other_end - other_start
+        before += end - start
+    return found
 
 
 def set_part(module: nn.Module, name: str, part: Part) -> None:
@@ -144,6 +187,17 @@ def is_sharded(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor  # half a second, that a run on one device does not wait
 
     return isinstance(tensor, DTensor)
+
+
+def holding(parameter: Tensor, held: Tensor) -> nn.Parameter:
+    """A parameter in place of `parameter`, split as it is, of which this rank holds `held`."""
+    if is_sharded(parameter):
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]  # a DTensor
+        shape, stride = parameter.shape, parameter.stride()
+        held = DTensor.from_local(held.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(held, parameter.requires_grad)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class NormOfHeads(LayerNorm, Stored):
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__((num_heads, head_dim), eps, bias=False)
-        self.num_heads = num_heads
+        self.num_heads = num_heads  # of the checkpoint; a rank may hold fewer
         self.layouts = (self._one_each,)
         self.layout = self._one_each
 

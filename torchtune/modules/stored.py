@@ -7,12 +7,14 @@ through the one list that `stored_pieces` makes, so that each is the inverse of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+from torchtune.distributed.part import Part, parts
 
 Index = tuple[int | slice, ...]
 
@@ -28,6 +30,20 @@ class Piece:
 
     name: str
     index: Index = ()
+
+    def region(self, whole: Sequence[int]) -> Part:
+        """What it is of a parameter of the shape `whole`; where it has a dim less, that is one long here."""
+        index = (*self.index, *[slice(None)] * (len(whole) - len(self.index)))
+        ranges = [
+            (chosen, chosen + 1) if isinstance(chosen, int) else chosen.indices(size)[:2]
+            for chosen, size in zip(index, whole, strict=True)
+        ]
+        return Part(tuple(whole), tuple((of_dim,) for of_dim in ranges))
+
+    def stored(self, part: Part) -> Part:
+        """A part of the region as one of the stored tensor: without the dims that it has not."""
+        kept = [dim for dim in range(len(part.whole)) if dim >= len(self.index) or isinstance(self.index[dim], slice)]
+        return Part(tuple(part.whole[dim] for dim in kept), tuple(part.ranges[dim] for dim in kept))
 
 
 Layout = Callable[[], dict[str, list[Piece]]]
@@ -82,12 +98,22 @@ def stored_pieces(model: nn.Module) -> dict[str, list[Piece]]:
     for path, module in model.named_modules():
         if isinstance(module, Stored):
             prefix = f"{path}." if path else ""
-            for name, parts in module.layout().items():
-                pieces[prefix + name] = [Piece(prefix + part.name, part.index) for part in parts]
+            for name, own in module.layout().items():
+                pieces[prefix + name] = [Piece(prefix + piece.name, piece.index) for piece in own]
     prefixes: Mapping[str, str] = getattr(model, "stored_prefixes", {})
     if prefixes:
-        pieces = {name: [_prefixed(part, prefixes) for part in parts] for name, parts in pieces.items()}
+        pieces = {name: [_prefixed(piece, prefixes) for piece in own] for name, own in pieces.items()}
     return pieces
+
+
+def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the checkpoint; of those of which this rank holds a part, the whole."""
+    held, pieces = parts(model), stored_pieces(model)
+    shapes = {}
+    for name in stored_tensors(model):
+        whole = held[name].whole
+        shapes.update({piece.name: piece.stored(piece.region(whole)).shape for piece in pieces[name]})
+    return shapes
 
 
 def fit_layouts(model: nn.Module, names: Collection[str]) -> None:
@@ -121,18 +147,18 @@ def as_in_model(model: nn.Module, stored: Mapping[str, Tensor], prefix: str = ""
     """The inverse of `as_stored`: what is in pieces is put together; what is unknown or incomplete stays as it is."""
     found = dict(stored)
     shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
-    for name, parts in stored_pieces(model).items():
-        if [prefix + part.name for part in parts] == [prefix + name] or any(
-            prefix + part.name not in stored for part in parts
+    for name, pieces in stored_pieces(model).items():
+        if [prefix + piece.name for piece in pieces] == [prefix + name] or any(
+            prefix + piece.name not in stored for piece in pieces
         ):
             continue
-        if parts[0].index == ():
-            found[prefix + name] = found.pop(prefix + parts[0].name)
+        if pieces[0].index == ():
+            found[prefix + name] = found.pop(prefix + pieces[0].name)
             continue
-        first = stored[prefix + parts[0].name]
+        first = stored[prefix + pieces[0].name]
         whole = torch.empty(shapes[name], dtype=first.dtype, device=first.device)
-        for part in parts:
-            whole[part.index].copy_(found.pop(prefix + part.name))
+        for piece in pieces:
+            whole[piece.index].copy_(found.pop(prefix + piece.name))
         found[prefix + name] = whole
     return found
 
@@ -149,8 +175,8 @@ def _names_under(model: nn.Module, prefixes: Mapping[str, str]) -> Iterator[str]
 
 
 def _names_of(layout: Layout, path: str, prefixes: Mapping[str, str]) -> Iterator[str]:
-    for parts in layout().values():
-        yield from (_prefixed(Piece(f"{path}.{part.name}" if path else part.name), prefixes).name for part in parts)
+    for pieces in layout().values():
+        yield from (_prefixed(Piece(f"{path}.{piece.name}" if path else piece.name), prefixes).name for piece in pieces)
 
 
 def _num_found(wanted: Iterator[str], names: Collection[str]) -> float:

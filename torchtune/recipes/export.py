@@ -40,7 +40,6 @@ from torchtune.config.strict import STRICT
 from torchtune.errors import CheckpointError, ConfigError
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.stored import stored_pieces
 from torchtune.quantization.kinds import packable, packer
 from torchtune.recipes.adapters import base_name, tell_carried_path, tell_local_base, warn_of_other_base
 from torchtune.training.precision import get_dtype
@@ -218,8 +217,8 @@ class ExportRecipe:
 
     def _stored(self) -> Values:
         """Reads what the base has under a name in the model."""
-        pieces = stored_pieces(self._model)
-        return lambda name, held: self._checkpoint.read_parameter(held.shape, pieces[name])
+        read = self._checkpoint.reader(self._model)
+        return lambda name, held: read(name)
 
     def _merged(self) -> Values:
         """Reads it and merges the adapters, by the way that the run that trained the last one went."""
