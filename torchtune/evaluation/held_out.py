@@ -10,7 +10,7 @@ from torchtune.data.batch import Batch
 from torchtune.distributed.mesh import Mesh
 from torchtune.errors import DataError
 from torchtune.modules.decoder import CausalLM
-from torchtune.parallel.context_parallel import own_tokens
+from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.fsdp import reshard
 
 
@@ -36,7 +36,7 @@ def held_out_loss(
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for micro_batches in steps:
         for batch in micro_batches:
-            batch = own_tokens(batch, mesh).to(device)
+            batch = shard_context(batch, mesh.context, multiple=mesh.tensor.size).to(device)
             loss = model(batch.input_ids, batch.documents, labels=batch.labels, trained=batch.trained, loss=loss_fn)
             total[0] += loss.double()
             total[1] += batch.num_trained

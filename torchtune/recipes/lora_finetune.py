@@ -40,7 +40,7 @@ from torchtune.distributed.process_group import process_group
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
-from torchtune.parallel.context_parallel import own_tokens
+from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
@@ -279,7 +279,8 @@ class LoRAFinetuneRecipe:
                     for index, batch in enumerate(micro_batches):
                         # The adapter's dropout is drawn anew from these numbers, also after a resume.
                         seed_everything(self.state.seed, step, self._mesh.place_of(index, len(micro_batches)))
-                        batch = own_tokens(batch, self._mesh).to(self._device)
+                        batch = shard_context(batch, self._mesh.context, multiple=self._mesh.tensor.size)
+                        batch = batch.to(self._device)
                         with self._autocast:
                             # The backward pass ends at the lowest adapter; the base has no gradient.
                             loss = self._model(

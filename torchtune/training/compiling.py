@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torchtune.modules import cpu_attention, grouped
+from torchtune.modules import attend, grouped
 from torchtune.modules.moe import Experts
 
 
@@ -15,7 +15,7 @@ def apply_compile(layers: nn.ModuleList) -> None:
     The token axis changes its length from batch to batch, so it is marked dynamic from the start. Activation
     checkpointing goes around it, afterwards: a checkpoint inside would keep the compiler from all of the layer.
     """
-    cpu_attention.hide_from_compiler()
+    attend.hide_from_compiler()
     grouped.hide_from_compiler()
     for layer in layers:
         for experts in [module for module in layer.modules() if isinstance(module, Experts)]:
