@@ -17,7 +17,7 @@ from tests.models.oracle import assert_close, auto_class
 from torchtune.adapters.adapter import Adapter, adapter_of, fill
 from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.config import LoRAConfig
-from torchtune.adapters.init import allocate_lora, init_lora, init_magnitudes
+from torchtune.adapters.init import allocate_lora, init_lora
 from torchtune.adapters.lora import apply_lora
 from torchtune.adapters.merge import MergedWeights
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint
@@ -100,8 +100,6 @@ def adapted(
         fresh=None if start is not None else config.init,
     )
     checkpoint.load_into(model, place=weights)
-    if start is None:
-        init_magnitudes(model)
     return Adapted(model, config, checkpoint, weights)
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tests.models.support import config_of
 from torchtune.adapters.adapter import LowRankUpdate, adapter_of, fill
 from torchtune.adapters.config import LoRAConfig
-from torchtune.adapters.init import init_lora, init_magnitudes
+from torchtune.adapters.init import init_lora
 from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear, RouterUpdate, apply_lora
 from torchtune.errors import CheckpointError
 from torchtune.models.build import build_model
@@ -195,6 +195,13 @@ def test_the_loss_of_an_adapted_head_is_that_of_its_logits(softcap):
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
         torch.testing.assert_close(found, wanted)
+
+
+def init_magnitudes(model):
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear) and layer.lora_magnitude_vector is not None:
+                layer.lora_magnitude_vector.copy_(layer.row_norms())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2_moe", "deepseek_v2", "gemma2"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchtune.adapters.config import Init, LoRAConfig
 from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear, RouterUpdate
+from torchtune.distributed.part import part_of, set_held
 from torchtune.errors import CheckpointError
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.linear import Conv1D, Embedding
@@ -88,32 +89,59 @@ def lies_transposed(model: CausalLM, parameter: str) -> bool:
     return isinstance(module, Embedding | LoRAEmbedding | Conv1D)
 
 
-def adapter_of(model: CausalLM, config: LoRAConfig, *, base: str | None = None) -> Adapter:
+@dataclass(frozen=True)
+class _Factors:
+    """The names of an update's parameters in the model; `initial` as `LoRALinear` has it."""
+
+    a: str
+    b: str
+    scale: float
+    magnitude: str | None = None
+    initial: tuple[Tensor, Tensor] | None = None
+
+
+def _updates_in(model: CausalLM) -> dict[str, _Factors]:
+    """The updates of a model's layers, by their names in an adapter."""
+    found: dict[str, _Factors] = {}
+    for name, module in model.named_modules():
+        pair = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if isinstance(module, LoRALinear):
+            magnitude = None if module.lora_magnitude_vector is None else f"{name}.lora_magnitude_vector"
+            found[name] = _Factors(*pair, module.scale, magnitude, module.initial)
+        elif isinstance(module, LoRAEmbedding):
+            found[name] = _Factors(f"{name}.lora_embedding_A", f"{name}.lora_embedding_B", module.scale)
+        elif isinstance(module, RouterUpdate):
+            found[name.removesuffix(".update")] = _Factors(*pair, module.scale)
+        elif isinstance(module, ExpertsUpdate):
+            found[name.replace(".updates.", ".")] = _Factors(*pair, module.scale)
+    return found
+
+
+def adapter_of(
+    model: CausalLM,
+    config: LoRAConfig,
+    *,
+    base: str | None = None,
+    values: Mapping[str, Tensor] | None = None,
+) -> Adapter:
     """What `model`'s update layers hold now; the tensors are the model's own.
 
     PiSSA trains the difference to where it began, which is of twice the rank: that is what stands here, so that
     it belongs to the base as it was published.
+
+    Args:
+        values: in place of the model's, the whole of what is trained by name, where a rank holds parts alone.
     """
-    updates: dict[str, LowRankUpdate] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            a: Tensor = module.lora_A.weight
-            b: Tensor = module.lora_B.weight
-            if module.initial is not None:
-                a, b = torch.cat((a, module.initial[0].to(a))), torch.cat((b, -module.initial[1].to(b)), dim=1)
-            updates[name] = LowRankUpdate(a, b, module.scale, module.lora_magnitude_vector)
-        elif isinstance(module, LoRAEmbedding):
-            updates[name] = LowRankUpdate(module.lora_embedding_A, module.lora_embedding_B, module.scale)
-        elif isinstance(module, RouterUpdate):
-            updates[name.removesuffix(".update")] = LowRankUpdate(
-                module.lora_A.weight, module.lora_B.weight, module.scale
-            )
-        elif isinstance(module, Experts):
-            for kind, update in module.updates.items():
-                assert isinstance(update, ExpertsUpdate)
-                updates[f"{name}.{kind}"] = LowRankUpdate(update.lora_A.weight, update.lora_B.weight, update.scale)
+    values = dict(model.named_parameters()) if values is None else values
+    updates = dict[str, LowRankUpdate]()
+    for name, names in _updates_in(model).items():
+        a, b = values[names.a], values[names.b]
+        if names.initial is not None:
+            a, b = torch.cat((a, names.initial[0].to(a))), torch.cat((b, -names.initial[1].to(b)), dim=1)
+        updates[name] = LowRankUpdate(a, b, names.scale, None if names.magnitude is None else values[names.magnitude])
     own = unstored_parameters(model)
-    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in own}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in own]
+    whole = {name: values[name].detach() for name in trained}
     parents = {name.rpartition(".")[0] for name in whole}
     for name, tensor in stored_tensors(model).items():  # a router's correction: PEFT has a module's buffers with it
         if not isinstance(tensor, nn.Parameter) and name.rpartition(".")[0] in parents:
@@ -131,25 +159,24 @@ def fill(model: CausalLM, adapter: Adapter, *, init: Init = "default") -> None:
     Raises:
         CheckpointError: a layer without a value, a value without a layer, or other shapes.
     """
-    held = adapter_of(model, adapter.config)
-    _compare(held.updates, adapter.updates, "no update of", "an update of")
-    _compare(held.whole, adapter.whole, "nothing of", "a value of")
-    with torch.no_grad():
-        for name, into in held.updates.items():
-            value = adapter.updates[name]
-            a, b = value.a, value.b
-            if init == "pissa":
-                layer = model.get_submodule(name)
-                assert isinstance(layer, LoRALinear)
-                (a, b), (a_before, b_before) = _pissa_halves(a, b)
-                layer.initial = a_before.to(into.a), b_before.to(into.b)
-            if (into.magnitude is None) != (value.magnitude is None):
-                raise CheckpointError(
-                    f"'{name}' has a magnitude (DoRA) in one of adapter and run, and not in the other"
-                )
-            for mine, theirs in ((into.a, a), (into.b, b), (into.magnitude, value.magnitude)):
-                if mine is not None and theirs is not None:
-                    _copy(name, mine, theirs)
+    into = _updates_in(model)
+    _compare(into, adapter.updates, "no update of", "an update of")
+    _compare(adapter_of(model, adapter.config).whole, adapter.whole, "nothing of", "a value of")
+    for name, names in into.items():
+        value = adapter.updates[name]
+        a, b = value.a, value.b
+        if init == "pissa":
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LoRALinear)
+            (a, b), (a_before, b_before) = _pissa_halves(a, b)
+            device, dtype = layer.lora_A.weight.device, layer.lora_A.weight.dtype
+            layer.initial = a_before.to(device, dtype), b_before.to(device, dtype)
+        if (names.magnitude is None) != (value.magnitude is None):
+            raise CheckpointError(f"'{name}' has a magnitude (DoRA) in one of adapter and run, and not in the other")
+        _set(model, name, names.a, a)
+        _set(model, name, names.b, b)
+        if names.magnitude is not None and value.magnitude is not None:
+            _set(model, name, names.magnitude, value.magnitude)
 
 
 def split_pissa(model: CausalLM) -> None:
@@ -176,10 +203,13 @@ def _compare(held: Mapping[str, object], given: Mapping[str, object], no: str, a
         raise CheckpointError(f"the adapter has {an} '{left_over[0]}', which this run does not train")
 
 
-def _copy(name: str, into: Tensor, value: Tensor) -> None:
-    if into.shape != value.shape:
+def _set(model: CausalLM, layer: str, name: str, value: Tensor) -> None:
+    """Give a parameter of a layer's update its values."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if (shape := part_of(module, attribute).whole) != value.shape:
         raise CheckpointError(
-            f"the adapter's '{name}' is {tuple(value.shape)}, and this run's {tuple(into.shape)}: another rank, or "
-            "another base"
+            f"the adapter's '{layer}' is {tuple(value.shape)}, and this run's {tuple(shape)}: another rank, or another "
+            "base"
         )
-    into.copy_(value)
+    set_held(module, attribute, value)

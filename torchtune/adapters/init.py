@@ -10,51 +10,60 @@ loftq      A and B from those of what quantising W lost (Li et al., 2023, arXiv:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from torchtune.adapters.config import Init
 from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear, RouterUpdate
+from torchtune.distributed.part import holding, local, part_of, parts
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import unstored_parameters
 
 
 def allocate_lora(model: CausalLM, *, device: torch.device | str, dtype: torch.dtype) -> None:
     """Give the update layers, that may be on the meta device, their memory; the values are not set."""
+    held = parts(model)
     for name, parameter in unstored_parameters(model).items():
         path, _, attribute = name.rpartition(".")
-        empty = torch.empty(parameter.shape, device=device, dtype=dtype)
-        setattr(model.get_submodule(path), attribute, nn.Parameter(empty, parameter.requires_grad))
+        empty = torch.empty(held[name].shape, device=device, dtype=dtype)
+        setattr(model.get_submodule(path), attribute, holding(parameter, empty))
 
 
 @torch.no_grad()
 def init_lora(model: CausalLM, init: Init = "default") -> None:
     """Draw A and zero B of all update layers from torch's generator, in the order of the layers.
 
-    What is made of the base's weights is made where they are read: `factors` (PiSSA, LoftQ), `init_magnitudes` (DoRA).
+    What is made of the base's weights is made where they are read (`BaseWeights`): PiSSA's and LoftQ's factors, DoRA's
+    magnitudes. Where ranks share a matrix each draws all of it, and keeps its part: the numbers are the same on any
+    number of them.
     """
     for module in model.modules():
         if isinstance(module, LoRAEmbedding):
             # The other way round than in linear layers, as in PEFT: A's columns are looked up, a token each.
-            module.lora_embedding_A.zero_()
-            module.lora_embedding_B.normal_()
+            _draw(module, "lora_embedding_A", Tensor.zero_)
+            _draw(module, "lora_embedding_B", Tensor.normal_)
         elif isinstance(module, LoRALinear | ExpertsUpdate | RouterUpdate):
-            a, b = module.lora_A.weight, module.lora_B.weight
-            if init == "gaussian":
-                a.normal_(std=1 / a.shape[-2])
-            else:
-                bound = 1 / math.sqrt(a.shape[-1])
-                a.uniform_(-bound, bound)
-            b.zero_()
+            _draw(module.lora_A, "weight", _draw_gaussian if init == "gaussian" else _draw_uniform)
+            _draw(module.lora_B, "weight", Tensor.zero_)
 
 
-@torch.no_grad()
-def init_magnitudes(model: CausalLM) -> None:
-    """Set DoRA's magnitudes to the lengths of the rows as they are, once weights and A and B are there."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear) and module.lora_magnitude_vector is not None:
-            module.lora_magnitude_vector.copy_(module.row_norms())
+def _draw(module: nn.Module, name: str, draw: Callable[[Tensor], Tensor]) -> None:
+    held, part = local(getattr(module, name)), part_of(module, name)
+    if part.is_whole:
+        draw(held)
+    else:
+        held.copy_(part.of(draw(held.new_empty(part.whole))))
+
+
+def _draw_gaussian(a: Tensor) -> Tensor:
+    return a.normal_(std=1 / a.shape[-2])
+
+
+def _draw_uniform(a: Tensor) -> Tensor:
+    bound = 1 / math.sqrt(a.shape[-1])
+    return a.uniform_(-bound, bound)
 
 
 def factors(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

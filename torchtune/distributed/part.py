@@ -170,6 +170,12 @@ def part_of(module: nn.Module, name: str) -> Part:
     return part
 
 
+@torch.no_grad()
+def set_held(module: nn.Module, name: str, whole: Tensor) -> None:
+    """Give `module`'s own parameter `name` its values, of which this rank keeps its part."""
+    local(getattr(module, name)).copy_(part_of(module, name).of(whole))
+
+
 def parts(model: nn.Module) -> dict[str, Part]:
     """Of each parameter and buffer by its name, which part this rank holds."""
     found: dict[str, Part] = {}

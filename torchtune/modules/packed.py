@@ -27,9 +27,13 @@ class PackedWeight(Tensor):
             matrix's part, but for the `shared` ones.
         shape: the dense weight's, of 2 dims or 3.
         dtype: the dense weight's; a label, since `dense` is told which one to give.
+
+    Attributes:
+        block: so many values, one after the other along the rows, are quantised together.
     """
 
     shared: ClassVar[Sequence[str]] = ()
+    block: ClassVar[int]
 
     part_names: tuple[str, ...]
 

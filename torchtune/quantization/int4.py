@@ -29,6 +29,8 @@ class Int4Weight(AffineWeight):
         zero_point: [G, 1] int8, 0 to 15.
     """
 
+    block = GROUP
+
     codes: Tensor
     scale: Tensor
     zero_point: Tensor

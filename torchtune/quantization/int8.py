@@ -19,6 +19,8 @@ class Int8Weight(AffineWeight):
         scale: [., 1] bfloat16.
     """
 
+    block = GROUP
+
     codes: Tensor
     scale: Tensor
 

@@ -33,6 +33,7 @@ class NF4Weight(PackedWeight):
     """
 
     shared = ("absmax_code",)
+    block = BLOCK
 
     codes: Tensor
     absmax: Tensor

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchtune.adapters.adapter import adapter_of, fill
 from torchtune.adapters.base_weights import BaseWeights
-from torchtune.adapters.init import allocate_lora, init_lora, init_magnitudes
+from torchtune.adapters.init import allocate_lora, init_lora
 from torchtune.adapters.lora import apply_lora
 from torchtune.adapters.merge import MergedWeights
 from torchtune.checkpoint.open import Checkpoint
@@ -211,8 +211,6 @@ class LoRAFinetuneRecipe:
             fresh=None if start else self._lora.init,
         )
         self._checkpoint.load_into(model, device=self._device, place=self._base)
-        if start is None:
-            init_magnitudes(model)
         return model.train()
 
     def _setup_optimizer(self, params: LoRAFinetuneParams, ckpt_dict: dict[str, Any]) -> torch.optim.Optimizer:
