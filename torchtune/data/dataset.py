@@ -29,9 +29,14 @@ class Dataset:
     options: DataSource
 
     def prepare(
-        self, rows: Rows | None = None, *, max_seq_len: int | None, progress: Callable[[int, int], None] | None = None
+        self,
+        rows: Rows | None = None,
+        *,
+        max_seq_len: int | None,
+        together: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Prepared:
-        """Check all rows, or the given choice of them (`rows.select`), as they will be trained on."""
+        """Check all rows, or the given choice of them (`rows.select`), as they will be trained on; see `prepare`."""
         return prepare(
             self.rows if rows is None else rows,
             self.renderer,
@@ -39,6 +44,7 @@ class Dataset:
             too_long=self.options.too_long,
             on_bad_row=self.options.on_bad_row,
             check_all=self.options.verify == "all",
+            together=together,
             progress=progress,
         )
 

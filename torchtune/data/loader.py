@@ -11,7 +11,9 @@ from types import TracebackType
 from torchtune.data.batch import Batch, collate
 from torchtune.data.plan import WINDOW_IN_MEMORY, WINDOW_TOKENISED_AHEAD, Pack, Plan, Window, WindowSize, deal
 from torchtune.data.sampler import RowSampler
+from torchtune.data.sharing import Share, ShareSize, in_order, shares
 from torchtune.data.workers import Ahead, Source, read_samples
+from torchtune.distributed.process_group import place_in_group
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,9 @@ class DataLoader:
     when not packed); the epoch's last step takes what is left, with fewer micro-batches, and none is dropped.
     Every rank has the same number of micro-batches in a step.
 
-    The next window of rows is read and packed while the loop trains: by a thread, or by `num_workers`
-    processes where the rows are not all in memory. Every rank reads every row, since packs are planned from
-    all lengths of a window; each rank then keeps only its own packs.
+    The next window of rows is read while the loop trains: by a thread, or by `num_workers` processes where the
+    rows are not all in memory. Packs are planned from all rows of a window; each rank then keeps only its own.
+    Ranks that iterate together tokenise each row once (sharing.py).
 
     A row that can't be trained on raises its DataError where the loop asks for the first step of that row's
     window; the steps before it have been given out, and `state_dict` is the place after them.
@@ -55,7 +57,10 @@ class DataLoader:
         max_seq_len: tokens of a pack at most.
         packed: several samples a pack, or one.
         seed: with epoch and window it decides the order of packs.
-        rank, world_size: which share of a step is given out here.
+        rank, world_size: which share of a step is given out here; ranks that share a row's tokens or a layer
+            have the same.
+        together: all ranks of the process group iterate over such a loader side by side, and so each reads a
+            part of the rows that are not in memory. By default it reads them all.
         num_workers: processes that tokenise; 0 means a thread.
         window: rows that are packed together; None chooses.
     """
@@ -72,6 +77,7 @@ class DataLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        together: bool = False,
         num_workers: int = 0,
         window: WindowSize | None = None,
     ) -> None:
@@ -87,9 +93,10 @@ class DataLoader:
         # What lies in memory needs nobody to make it.
         self.num_workers = 0 if source.all_checked else num_workers
         self._window = window or (WINDOW_IN_MEMORY if source.all_checked else WINDOW_TOKENISED_AHEAD)
+        self._reader, self._num_readers = place_in_group() if together and not source.all_checked else (0, 1)
         self._position = Position(sampler.epoch)
         self._resume_from: Position | None = None
-        self._ahead: Ahead[Window] | None = None
+        self._ahead: Ahead[Share] | None = None
         self._row_lengths: list[tuple[int, ...]] | None = None
 
     @property
@@ -138,7 +145,7 @@ class DataLoader:
         self._resume_from = None
         ahead = self._ahead = self._read_ahead(self._position)
         try:
-            for packs, after in self._steps(ahead, self._position):
+            for packs, after in self._steps(self._windows(ahead, self._position), self._position):
                 micro_batches = deal(packs, world_size=self.world_size, batch_size=self.batch_size)[self.rank]
                 batches = [collate([pack.samples for pack in micro_batch]) for micro_batch in micro_batches]
                 self._position = after  # before it is given out: the loop saves while it holds the step
@@ -168,16 +175,23 @@ class DataLoader:
     def _plan(self, epoch: int) -> Plan:
         return Plan(self.seed, epoch, self.max_seq_len, self.packed, self.sampler.shuffle, self._window)
 
-    def _read_ahead(self, start: Position) -> Ahead[Window]:
-        def windows(stop: threading.Event) -> Generator[Window, None, None]:
+    def _read_ahead(self, start: Position) -> Ahead[Share]:
+        size = ShareSize.of(self._window, self.max_seq_len, self._num_readers)
+
+        def own_shares(stop: threading.Event) -> Generator[Share, None, None]:
             rows = self.sampler.order(start.epoch)[start.window :]
-            samples = read_samples(self.source, rows, stop, num_workers=self.num_workers)
+            own = rows[self._reader :: self._num_readers]
+            samples = read_samples(self.source, own, stop, num_workers=self.num_workers)
             try:
-                yield from self._plan(start.epoch).windows(samples, start.window)
+                yield from shares(samples, size)
             finally:
                 samples.close()  # ends the processes
 
-        return Ahead(windows)
+        return Ahead(own_shares, size.per_window)
+
+    def _windows(self, ahead: Ahead[Share], start: Position) -> Iterator[Window]:
+        rows = in_order(ahead, self.num_rows - start.window, self._num_readers)
+        return self._plan(start.epoch).windows(rows, start.window)
 
     def _steps(self, windows: Iterable[Window], start: Position) -> Iterator[tuple[list[Pack], Position]]:
         """The packs of each step on all ranks, and the place after it."""

@@ -46,8 +46,11 @@ class WindowSize:
     def is_full(self, start: int, num_rows: int, num_tokens: int, max_seq_len: int) -> bool:
         """Whether the window from row `start` of the order ends after `num_rows` rows with `num_tokens` tokens."""
         enough_rows = min(self.num_rows, max(self.first, start))
-        enough_tokens = max(self.num_tokens, self.packs * max_seq_len)
-        return num_rows >= enough_rows or num_tokens >= enough_tokens
+        return num_rows >= enough_rows or num_tokens >= self.enough_tokens(max_seq_len)
+
+    def enough_tokens(self, max_seq_len: int) -> int:
+        """The tokens that fill a window."""
+        return max(self.num_tokens, self.packs * max_seq_len)
 
 
 WINDOW_IN_MEMORY = WindowSize()

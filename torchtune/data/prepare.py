@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from torchtune.data.rows import LeftOut, Row, Rows
 from torchtune.data.sample import Sample
 from torchtune.data.sampler import RowSampler
 from torchtune.data.too_long import CutCounts, cut
+from torchtune.distributed.process_group import gather_objects, place_in_group
 from torchtune.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -103,30 +106,52 @@ class Prepared:
         return Prepared(self.rows, self._renderer, self._stored, report, on_bad_row=self._on_bad_row)
 
 
+@dataclass(frozen=True)
 class StoredSamples:
-    """Samples in few arrays: an object for each would take more room than its tokens."""
+    """Samples in few arrays: an object for each would take more room than its tokens.
 
-    def __init__(self) -> None:
-        self._ids: list[np.ndarray] = []
-        self._trained: list[np.ndarray] = []
-        self._samples_per_row: list[int] = []
-        self._lengths: list[int] = []
+    Attributes:
+        ids, trained: of all samples, int32 and bool [number of tokens].
+        lengths: tokens of each sample.
+        samples_per_row: how many samples each row has.
+    """
 
-    def add(self, samples: Sequence[Sample]) -> None:
-        """The samples of the next row."""
-        self._samples_per_row.append(len(samples))
-        for sample in samples:
-            self._ids.append(sample.input_ids)
-            self._trained.append(sample.trained)
-            self._lengths.append(len(sample))
+    ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    samples_per_row: np.ndarray
 
-    def finish(self) -> None:
-        """Put all into one array each."""
-        self.ids = np.concatenate([np.empty(0, np.int32), *self._ids])
-        self.trained = np.concatenate([np.empty(0, np.bool_), *self._trained])
-        self.sample_ends = np.cumsum(self._lengths, dtype=np.int64)
-        self.row_ends = np.cumsum(self._samples_per_row, dtype=np.int64)
-        del self._ids, self._trained, self._samples_per_row, self._lengths
+    @classmethod
+    def of(cls, samples_by_row: Sequence[Sequence[Sample]]) -> StoredSamples:
+        """The samples of each row."""
+        samples = [sample for row in samples_by_row for sample in row]
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *(sample.input_ids for sample in samples)]),
+            np.concatenate([np.empty(0, np.bool_), *(sample.trained for sample in samples)]),
+            np.array([len(sample) for sample in samples], dtype=np.int64),
+            np.array([len(row) for row in samples_by_row], dtype=np.int64),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[StoredSamples]) -> StoredSamples:
+        """Those of rows one after the other."""
+        parts = [cls.of([]), *parts]
+        return cls(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.trained for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate([part.samples_per_row for part in parts]),
+        )
+
+    @cached_property
+    def sample_ends(self) -> np.ndarray:
+        """Where each sample ends in `ids`."""
+        return np.cumsum(self.lengths)
+
+    @cached_property
+    def row_ends(self) -> np.ndarray:
+        """Where each row ends among the samples."""
+        return np.cumsum(self.samples_per_row)
 
     def samples_of(self, row_index: int, rows: Rows) -> list[Sample]:
         """The samples of one row, as views."""
@@ -151,6 +176,7 @@ def prepare(
     too_long: TooLong | None = None,
     on_bad_row: OnBadRow = "error",
     check_all: bool = False,
+    together: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Check a data set as it will be trained on.
@@ -162,6 +188,8 @@ def prepare(
         too_long: what is done with longer ones; None: too_long.py's default.
         on_bad_row: `error`: raise when any row can't be trained on, and name them; `skip`: leave them out.
         check_all: check a large file whole, too; its samples then stay in memory.
+        together: all ranks of the process group check this data set side by side, and so each renders a part of its
+            rows and is told the rest. By default it renders them all.
         progress: is told rows done and rows to do, now and then.
     Raises:
         DataError: rows can't be trained on, a sample is too long and that is an error, or nothing is left.
@@ -170,23 +198,9 @@ def prepare(
     report = Report(rows.name, str(renderer.reading.schema), len(rows), max_seq_len, policy)
     whole = check_all or rows.num_bytes < WHOLE_BYTES
     report.num_checked_rows = len(rows) if whole else min(len(rows), FIRST_ROWS)
-    stored = StoredSamples()
-    errors: list[DataError] = []
-    for begin in range(0, report.num_checked_rows, CHUNK_ROWS):
-        chunk = range(begin, min(begin + CHUNK_ROWS, report.num_checked_rows))
-        for rendered in renderer.render(list(_read(rows, chunk))):
-            if isinstance(rendered.error, LeftOut):
-                report.num_left_out += 1
-            elif rendered.error is not None:
-                errors.append(rendered.error)
-            samples = cut(rendered.samples, max_seq_len, policy, report.cut)
-            stored.add(samples)
-            _count(report, rendered, samples)
-        if on_bad_row == "error" and len(errors) >= MAX_ERRORS:
-            break
-        if progress is not None:
-            progress(chunk.stop, report.num_checked_rows)
-    stored.finish()
+    stored, errors = _check(
+        rows, renderer, report, stop_early=on_bad_row == "error", together=together, progress=progress
+    )
     report.num_seen_rows = max(report.num_checked_rows, min(len(rows), GLANCED_ROWS))
     known = range(report.num_checked_rows)
     if len(errors) < MAX_ERRORS:
@@ -199,6 +213,60 @@ def prepare(
     if not report.num_trained and report.num_checked_rows == len(rows):
         raise DataError(f"nothing is left to train on.\n{report}", source=rows.name)
     return Prepared(rows, renderer, stored, report, on_bad_row=on_bad_row)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """What was found in some rows."""
+
+    samples: StoredSamples
+    errors: list[DataError]
+    report: Report
+
+
+def _check(
+    rows: Rows,
+    renderer: Renderer,
+    report: Report,
+    *,
+    stop_early: bool,
+    together: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[StoredSamples, list[DataError]]:
+    """The samples of the first `report.num_checked_rows` rows, and what is wrong with them; counted in `report`.
+
+    Chunks of rows are dealt to the ranks, which then exchange what they found.
+    """
+    rank, num_ranks = place_in_group() if together else (0, 1)
+    num_rows = report.num_checked_rows
+    own: list[_Chunk] = []
+    num_errors = 0
+    for begin in range(rank * CHUNK_ROWS, num_rows, num_ranks * CHUNK_ROWS):
+        own.append(_check_chunk(rows, renderer, range(begin, min(begin + CHUNK_ROWS, num_rows)), report))
+        num_errors += len(own[-1].errors)
+        if stop_early and num_errors >= MAX_ERRORS:
+            break
+        if progress is not None:
+            progress(min(begin + num_ranks * CHUNK_ROWS, num_rows), num_rows)
+    by_rank = gather_objects(own) if num_ranks > 1 else [own]
+    chunks = [chunk for turn in zip_longest(*by_rank) for chunk in turn if chunk is not None]
+    for chunk in chunks:
+        report.add(chunk.report)
+    return StoredSamples.joined([chunk.samples for chunk in chunks]), [error for c in chunks for error in c.errors]
+
+
+def _check_chunk(rows: Rows, renderer: Renderer, chunk: range, report: Report) -> _Chunk:
+    found = Report(report.name, report.schema, report.num_rows, report.max_seq_len, report.too_long)
+    kept: list[list[Sample]] = []
+    errors: list[DataError] = []
+    for rendered in renderer.render(list(_read(rows, chunk))):
+        if isinstance(rendered.error, LeftOut):
+            found.num_left_out += 1
+        elif rendered.error is not None:
+            errors.append(rendered.error)
+        kept.append(cut(rendered.samples, report.max_seq_len, report.too_long, found.cut))
+        _count(found, rendered, kept[-1])
+    return _Chunk(StoredSamples.of(kept), errors, found)
 
 
 def _read(rows: Rows, chunk: range) -> Iterator[Row | DataError]:

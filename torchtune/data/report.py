@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -69,6 +70,19 @@ class Report:
     @property
     def _scale(self) -> float:
         return self.num_rows / max(self.num_checked_rows, 1)
+
+    def add(self, later: Report) -> None:
+        """Take in what was found in later rows."""
+        self.num_samples += later.num_samples
+        self.num_tokens += later.num_tokens
+        self.num_trained += later.num_trained
+        self.longest = max(self.longest, later.longest)
+        self.num_left_out += later.num_left_out
+        self.num_untrained_rows += later.num_untrained_rows
+        self.num_rows_in_parts += later.num_rows_in_parts
+        self.cut.add_all(later.cut)
+        self.end_ids |= later.end_ids
+        self.notes.update(Counter(self.notes) + Counter(later.notes))
 
     def __str__(self) -> str:
         share = self.num_trained / max(self.num_tokens, 1)

@@ -41,6 +41,14 @@ class CutCounts:
         if len(self.listed) < LISTED:
             self.listed.append(f"{sample.source} ({len(sample):,})")
 
+    def add_all(self, later: CutCounts) -> None:
+        """Count what was cut of later rows."""
+        self.num_samples += later.num_samples
+        self.num_tokens += later.num_tokens
+        self.num_trained += later.num_trained
+        self.num_without_trained += later.num_without_trained
+        self.listed = (self.listed + later.listed)[:LISTED]
+
 
 def cut(samples: Sequence[Sample], max_seq_len: int | None, policy: str, counts: CutCounts) -> list[Sample]:
     """The samples within `max_seq_len` tokens, by `policy`; what has no trained token left is left out.

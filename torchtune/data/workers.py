@@ -50,7 +50,7 @@ class Stopped(Exception):
 
 
 class Ahead(Generic[T]):
-    """Iterates over what `make_items` gives, made by a thread that is one item ahead.
+    """Iterates over what `make_items` gives, made by a thread that is `num_items` ahead.
 
     An error in the thread is raised when the item that it concerns is asked for. `close` ends the thread.
 
@@ -58,10 +58,10 @@ class Ahead(Generic[T]):
         make_items: is given the event that says "stop"; raises Stopped some time after it is set.
     """
 
-    def __init__(self, make_items: Callable[[threading.Event], Generator[T, None, None]]) -> None:
+    def __init__(self, make_items: Callable[[threading.Event], Generator[T, None, None]], num_items: int) -> None:
         self._make_items = make_items
         self._stop = threading.Event()
-        self._wanted = threading.Semaphore(1)
+        self._wanted = threading.Semaphore(num_items)
         # What is ready: an item, or the error or None that came instead of one.
         self._ready: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="torchtune-data", daemon=True)

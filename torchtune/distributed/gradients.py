@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtune.distributed.mesh import Axis
 
-BUCKET_ELEMENTS = 16 * 2**20
+BUCKET_BYTES = 64 * 2**20  # a collective's latency is nothing beside it, and it is little memory
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> None:
-    """Sum each gradient over the axis, in place; a rank without one takes part with zeros."""
+    """Sum each gradient over the axis, in place; a rank without one takes part with zeros.
+
+    The sum is made in float32 where gradients are narrower, and rounded once.
+    """
     if axis.size == 1:
         return
-    bucket: list[torch.Tensor] = []
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        if sum(grad.numel() for grad in bucket) >= BUCKET_ELEMENTS:
-            _sum_bucket(bucket, axis)
-            bucket = []
+    for grads in _buckets(parameter.grad for parameter in trained if parameter.grad is not None):
+        _sum_bucket(grads, axis)
+
+
+def _buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """By shapes alone, which are the same on all ranks; what is larger than a bucket has one to itself."""
+    bucket, num_bytes = list[Tensor](), 0
+    for grad in grads:
+        if bucket and num_bytes + grad.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, num_bytes = [], 0
+        bucket.append(grad)
+        num_bytes += grad.nbytes
     if bucket:
-        _sum_bucket(bucket, axis)
+        yield bucket
 
 
-def _sum_bucket(grads: list[torch.Tensor], axis: Axis) -> None:
-    flat = torch.cat([grad.reshape(-1) for grad in grads])
+def _sum_bucket(grads: list[Tensor], axis: Axis) -> None:
+    flats = [grad.reshape(-1).to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+    flat = torch.cat(flats) if len(flats) > 1 else flats[0]  # a large one's own memory, where that can be
     axis.sum(flat)
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        if grad.data_ptr() != summed.data_ptr():
+            grad.copy_(summed.view_as(grad))

@@ -11,11 +11,14 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def launched() -> bool:
@@ -96,6 +99,21 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def place_in_group() -> tuple[int, int]:
+    """This rank, and how many have joined the process group; 0 of 1 without one, whatever a launcher has told."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_objects(value: T) -> list[T]:
+    """Each rank's `value`, by rank, on every rank. They are pickled, which is for what this program itself made."""
+    _, num_ranks = place_in_group()
+    if num_ranks == 1:
+        return [value]
+    gathered: list[T] = [value] * num_ranks
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

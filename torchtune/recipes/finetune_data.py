@@ -77,7 +77,7 @@ def prepare_data(
 
     def check(datasets: list[Dataset], options: DatasetOptions, rows: list[Rows]) -> Prepared | Mix:
         checked = [
-            dataset.prepare(chosen, max_seq_len=max_seq_len, progress=_Lines(dataset.rows.name))
+            dataset.prepare(chosen, max_seq_len=max_seq_len, together=True, progress=_Lines(dataset.rows.name))
             for dataset, chosen in zip(datasets, rows, strict=True)
         ]
         if not options.mix:
@@ -177,6 +177,7 @@ def _deal(
             seed=seed,
             rank=mesh.data.rank,
             world_size=mesh.data.size,
+            together=True,
             num_workers=params.num_workers,
         )
         return until.enter_context(made)
