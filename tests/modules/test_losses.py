@@ -83,3 +83,15 @@ def test_the_bias_alone_is_trained():
     LinearCrossEntropy(chunk_size=7)(hidden.detach(), weight.detach(), targets, bias=bias).backward()
     expected = (hidden @ weight.T).float().softmax(-1).sum(0) - torch.bincount(targets, minlength=11)
     torch.testing.assert_close(bias.grad, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_gradient_of_a_narrow_weight_is_rounded_once():
+    """What FSDP gathers is in bf16; its gradient is a sum over chunks, which must not be rounded chunk by chunk."""
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 16).bfloat16()
+    weight, targets = torch.randn(32, 16).bfloat16().requires_grad_(), torch.randint(32, (512,))
+    LinearCrossEntropy(chunk_size=4)(hidden, weight, targets).backward()
+    exact = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.double() @ exact.T, targets, reduction="sum").backward()
+    error = (weight.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 0.004  # one rounding of bf16, and those of the logits' gradient; chunk by chunk it is 0.01

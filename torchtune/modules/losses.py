@@ -97,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradients.add(rows, logits, logits if narrow_buffer is buffer else narrow.copy_(logits))
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, gradients.low, gradients.up)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.hidden_dtype = hidden.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return total
 
     @staticmethod
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Scaled in float32 and in place: fp16's loss scale would overflow in the gradient's own type.
         hidden, low = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in (grad_hidden, grad_low))
         up = None if grad_up is None else (grad_up * grads[0]).to(ctx.hidden_dtype)
-        weight = None if grad_weight is None else grad_weight.mul_(grads[0].to(grad_weight.dtype))
+        weight = None if grad_weight is None else grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
         bias = None if grad_bias is None else (grad_bias * grads[0]).to(ctx.bias_dtype)
         return hidden, weight, bias, low, up, None, None, None, None
 
@@ -168,7 +168,8 @@ class _Gradients:
     ) -> None:
         self._of = hidden, weight_cast, low, up
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight) if needed[1] else None
+        # A sum over chunks: in the type of narrow weights each addition would be rounded.
+        self.weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needed[1] else None
         self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needed[2] else None
         self.low = torch.empty_like(low) if low is not None and needed[3] else None
         self.up = torch.zeros(up.shape, dtype=wide, device=up.device) if up is not None and needed[4] else None
