@@ -6,6 +6,7 @@
     ├── CheckpointError (ValueError)         a checkpoint that is incomplete, damaged or of another shape
     ├── UnsupportedError (NotImplementedError)  something known that is not supported here
     ├── MissingDependencyError (ImportError) an optional library that has to be installed
+    ├── RankError (RuntimeError)             another rank failed in what all do together
     └── TrainingError (RuntimeError)         the run itself went wrong: a loss that is not finite
         └── StoppedBySignal                  asked to stop: saved, and left on purpose
 
@@ -149,6 +150,18 @@ class MissingDependencyError(TuneError, ImportError):
             f"{needed_for} needs the package '{package}', which is not installed: "
             f"pip install {package}, or install torchtune with the extra [{extra}]"
         )
+
+
+class RankError(TuneError, RuntimeError):
+    """Another rank failed in what all do together.
+
+    Attributes:
+        failures: the ranks that did, each with its reason.
+    """
+
+    def __init__(self, failures: Sequence[tuple[int, str]]) -> None:
+        self.failures = tuple(failures)
+        super().__init__("; ".join(f"rank {rank}: {reason}" for rank, reason in failures))
 
 
 class TrainingError(TuneError, RuntimeError):

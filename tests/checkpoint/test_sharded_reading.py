@@ -7,61 +7,22 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Qwen3MoeConfig
 
+from tests.checkpoint.in_parts import built, built_in_parts, shard
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.checkpoint import tensor_file
 from torchtune.checkpoint.folder import open_files
-from torchtune.checkpoint.open import open_checkpoint
-from torchtune.distributed.part import Part, local, parts, set_part
+from torchtune.distributed.part import Part, local, parts
 from torchtune.errors import CheckpointError
-from torchtune.models.build import build_model
-from torchtune.modules.decoder import CausalLM
-from torchtune.modules.moe import Experts
 from torchtune.modules.stored import stored_tensors
-
-
-def shard(model, mesh):
-    """FSDP as a recipe has it: a layer at a time, then the rest."""
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def split(model, rank, size):
-    """Parts of matrices by hand, in both directions; of stacks of experts along each of their dims."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            part = Part.all_of(parameter.shape)
-            if isinstance(module, Experts):
-                half = parameter.shape[1] // 2
-                part = part.take(0, rank, size)
-                part = part.take(1, rank, size, stretches=(half, half)) if name == "gate_up_proj" else part
-            elif parameter.dim() == 2:
-                part = part.take(parameter.shape[0] % 3 and 1, rank, size)
-            setattr(module, name, torch.nn.Parameter(torch.empty(part.shape, device="meta")))
-            set_part(module, name, part)
-
-
-def built(folder) -> tuple[CausalLM, object]:
-    checkpoint = open_checkpoint(folder)
-    with torch.device("meta"):
-        return build_model(checkpoint.config), checkpoint
 
 
 def read_in_parts(folder, how, dtype):
     """Whether all that this rank holds is its part of what one device reads; how much that is, and is read of the file."""
     whole, checkpoint = built(folder)
     checkpoint.load_into(whole, param_dtype=dtype)
-    model, checkpoint = built(folder)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    if "split" in how:
-        split(model, rank % 2, 2)
-    if "hybrid" in how:
-        shard(model, init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard")))
-    elif "shard" in how:
-        shard(model, init_device_mesh("cpu", (size,)))
+    model, checkpoint = built_in_parts(folder, how)
     checkpoint.load_into(model, param_dtype=dtype)
     held = parts(model)
     for name, tensor in stored_tensors(model).items():
@@ -113,10 +74,6 @@ def step_after_reading(folder):
     for frozen in (model, whole):
         frozen.model.embed_tokens.requires_grad_(False)
     shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
     checkpoint.load_into(model)
     ids = torch.arange(12)
     outputs = [each(ids) for each in (model, whole)]
@@ -143,8 +100,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_by_whole_shapes(tmp_path, two_ra
 
 
 def error_of_reading(folder):
-    model, checkpoint = built(folder)
-    shard(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    model, checkpoint = built_in_parts(folder, "shard")
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_into(model)
     return str(caught.value)

@@ -7,6 +7,7 @@ import torch
 
 from torchtune.errors import DataError
 from torchtune.recipes.full_finetune import FullFinetuneParams
+from torchtune.recipes.run_checkpoint import Saves
 from torchtune.recipes.run_folder import RunFolder
 from torchtune.recipes.run_state import RunState
 from torchtune.recipes.upkeep import Upkeep
@@ -54,6 +55,7 @@ def run(tmp_path):
                 total_steps=None,
                 evaluate=None,
                 save=save,
+                saves=until.enter_context(Saves(output)),
                 until=until,
             )
             if upkeep.nothing_is_left():

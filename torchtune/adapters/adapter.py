@@ -123,6 +123,7 @@ def adapter_of(
     *,
     base: str | None = None,
     values: Mapping[str, Tensor] | None = None,
+    with_initial: bool = True,
 ) -> Adapter:
     """What `model`'s update layers hold now; the tensors are the model's own.
 
@@ -130,13 +131,14 @@ def adapter_of(
     it belongs to the base as it was published.
 
     Args:
+        with_initial: false for what PiSSA trains by itself, which belongs to the base less the beginning.
         values: in place of the model's, the whole of what is trained by name, where a rank holds parts alone.
     """
     values = dict(model.named_parameters()) if values is None else values
     updates = dict[str, LowRankUpdate]()
     for name, names in _updates_in(model).items():
         a, b = values[names.a], values[names.b]
-        if names.initial is not None:
+        if names.initial is not None and with_initial:
             a, b = torch.cat((a, names.initial[0].to(a))), torch.cat((b, -names.initial[1].to(b)), dim=1)
         updates[name] = LowRankUpdate(a, b, names.scale, None if names.magnitude is None else values[names.magnitude])
     own = unstored_parameters(model)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from torchtune.adapters.adapter import LowRankUpdate, adapter_of, layer_of, lies_transposed
+from torchtune.adapters.adapter import adapter_of, layer_of, lies_transposed
 from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.config import LoRAConfig
-from torchtune.adapters.lora import LoRALinear
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.packed import PackedWeight, dense
+from torchtune.modules.packed import PackedWeight, unpacked
 
 
 class MergedWeights:
@@ -24,39 +23,40 @@ class MergedWeights:
 
     Args:
         base: what the run made its base by.
-        read: a parameter's stored value, by its name.
+        read: a parameter's stored value, whole, by its name.
+        values: the whole of A, B and magnitudes by name; by default the model's own.
     """
 
-    def __init__(self, model: CausalLM, config: LoRAConfig, base: BaseWeights, read: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        config: LoRAConfig,
+        base: BaseWeights,
+        read: Callable[[str], Tensor],
+        *,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._model, self._base, self._read = model, base, read
-        self._updates = adapter_of(model, config).updates
+        self._updates = adapter_of(model, config, values=values).updates
+        self._as_trained = adapter_of(model, config, values=values, with_initial=False).updates
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+
+    def needs_held(self, name: str) -> bool:
+        """Whether what the model holds under a name is asked for, and not what its base has there."""
+        return name not in self._frozen or isinstance(self._frozen[name], PackedWeight)
 
     @torch.no_grad()
     def __call__(self, name: str, held: Tensor) -> Tensor:
-        """held: what the model has under this name."""
-        if not isinstance(held, torch.nn.Parameter) or held.requires_grad:
+        """held: what the model has under this name; of a packed weight the dense values will do."""
+        if name not in self._frozen:
             return held.detach()
-        if isinstance(held, PackedWeight):
-            weight, update = _unpacked(held), self._on_quantised(name)
+        layer = layer_of(self._model, name)
+        if isinstance(self._frozen[name], PackedWeight):
+            weight = unpacked(held, torch.float64) if isinstance(held, PackedWeight) else held.double()
+            update = self._as_trained.get(layer)  # what PiSSA trains stands beside what is quantised
         else:
-            weight, update = self._base.stacked(name, self._read(name)), self._updates.get(layer_of(self._model, name))
+            weight, update = self._base.stacked(name, self._read(name)), self._updates.get(layer)
         if update is None:
             return weight
         weight = weight.to(device=update.a.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         return update.merge_into(weight, transposed=lies_transposed(self._model, name))
-
-    def _on_quantised(self, name: str) -> LowRankUpdate | None:
-        """The update as it is trained: PiSSA's part has been taken out of what was quantised."""
-        path = layer_of(self._model, name)
-        update = self._updates.get(path)
-        layer = None if update is None or path == name else self._model.get_submodule(path)  # its own name: experts'
-        if not isinstance(layer, LoRALinear):
-            return update
-        return LowRankUpdate(layer.lora_A.weight, layer.lora_B.weight, layer.scale, layer.lora_magnitude_vector)
-
-
-def _unpacked(weight: PackedWeight) -> Tensor:
-    """A matrix, or a stack of them, in float64."""
-    if weight.dim() == 2:
-        return weight.dense(torch.float64)
-    return torch.stack([dense(weight[index], torch.float64) for index in range(len(weight))])

@@ -45,6 +45,12 @@ NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.\w+")
 EPOCH = re.compile(r"(?P<stem>(hf|meta|torchtune)_model)(_(?P<number>\d{4}))?_(?P<epoch>\d+)\.pt")
 
 
+def writing_rank(name: str, num_ranks: int) -> int:
+    """Which of so many ranks writes a file of this name: those of a numbered set in turn, all others the first."""
+    match = NUMBERED.fullmatch(Path(name).name)
+    return (int(match["number"]) - 1) % num_ranks if match else 0
+
+
 @dataclass(frozen=True)
 class FileSet:
     """Files that hold one model's weights.

@@ -5,29 +5,52 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from torchtune.adapters.adapter import Adapter
 from torchtune.adapters.lora import LoRALinear
 from torchtune.adapters.targets import ends_with
+from torchtune.checkpoint.held import Held
 from torchtune.checkpoint.peft_names import CONFIG, PREFIX, WEIGHTS, PeftNames, most_common
+from torchtune.checkpoint.tensor_writer import TensorWriter
+from torchtune.distributed.peers import Attempt
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.linear import Conv1D
 
 
-def save_adapter(folder: Path, adapter: Adapter, model: CausalLM) -> None:
-    """Write an adapter; `model` is what it belongs to, and tells how its layers are called."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_adapter(folder: Path, adapter: Adapter, model: CausalLM, *, held: Held | None = None) -> None:
+    """Write an adapter; `model` is what it belongs to, and tells how its layers are called.
+
+    Args:
+        held: where ranks hold parts of the model: all of them call it then, one writes, and what was trained whole
+            (`trained_values` has it on the meta device) is put together there, a tensor at a time. An error is left in
+            `held.attempt`.
+    """
     writer = _Writer(model, adapter)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in writer.tensors().items()}
-    save_file(tensors, folder / WEIGHTS[0], metadata={"format": "pt"})
-    text = json.dumps(writer.config(), indent=2, ensure_ascii=False)
+    tensors, sources = writer.tensors(), writer.sources()
+    attempt, is_main = (Attempt(), True) if held is None else (held.attempt, held.peers.is_main)
+    file = attempt(_begin, folder, writer.config(), tensors) if is_main else None
+    for key, tensor in tensors.items():
+        value = held.put_together(sources[key], 0) if held is not None and tensor.is_meta else tensor
+        if file is not None:
+            attempt(file.write, key, value)
+    if file is not None:
+        attempt(file.close)
+        file.abandon()
+    if held is None:
+        attempt.finish()
+
+
+def _begin(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TensorWriter:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return TensorWriter(folder / WEIGHTS[0], described, {"format": "pt"})
 
 
 class _Writer(PeftNames):
@@ -53,12 +76,16 @@ class _Writer(PeftNames):
             tensors[f"{place}.{names[0]}"], tensors[f"{place}.{names[1]}"] = update.a, update.b
             if update.magnitude is not None:
                 tensors[f"{place}.lora_magnitude_vector"] = update.magnitude
-        for name, tensor in self.adapter.whole.items():
-            tensors[PREFIX + self.theirs[name]] = tensor
-            if self.model.is_tied and name == f"{self.embedding}.weight":
-                # PEFT trains and loads the two apart, and each must be what ours is.
-                tensors[f"{PREFIX}{self.head}.weight"] = tensor.clone()
-        return tensors
+        return tensors | {key: self.adapter.whole[name] for key, name in self.sources().items()}
+
+    def sources(self) -> dict[str, str]:
+        """Of tensors that were trained whole, the names in our model."""
+        keys = {PREFIX + self.theirs[name]: name for name in self.adapter.whole}
+        embedding = f"{self.embedding}.weight"
+        if self.model.is_tied and embedding in self.adapter.whole:
+            # PEFT trains and loads the two apart, and each must be what ours is.
+            keys[f"{PREFIX}{self.head}.weight"] = embedding
+        return keys
 
     def config(self) -> dict[str, Any]:
         config, updates = self.adapter.config, self.adapter.updates

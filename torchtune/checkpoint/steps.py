@@ -2,7 +2,8 @@
 
 A step is written into a hidden folder beside, every file is flushed to the disk, a manifest of sizes and
 checksums is written last, and the folder is renamed. What a kill leaves behind is hidden, is never taken
-for a checkpoint, and is removed by the next write.
+for a checkpoint, and is removed by the next write. Where there are several ranks each flushes and sums up the
+files that it has written, and the first does the rest.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+from torchtune.checkpoint.folder import writing_rank
 from torchtune.checkpoint.headers import read_json, read_safetensors_header
-from torchtune.errors import CheckpointError
+from torchtune.distributed.peers import Attempt, Peers
+from torchtune.errors import CheckpointError, RankError
 
 MANIFEST = "manifest.json"
 BEST = "best"
@@ -30,33 +34,54 @@ HIDDEN = ".step_"
 BLOCK_BYTES = 8 * 2**20
 
 
-def write_step(output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Write OUT/step_N/, whole or not at all.
+def write_step(output_dir: Path, step: int, write: Callable[[Path], None], *, peers: Peers | None = None) -> Path:
+    """Write OUT/step_N/, whole or not at all. Every rank calls it, and sees to the files that it writes.
 
     Args:
-        write: puts the files into the folder that it is given.
+        write: puts the files into the folder that it is given; `writing_rank` says whose a file is.
+        peers: the ranks that take part; by default there is this one.
     Returns:
         The finished folder.
     Raises:
-        CheckpointError: the disk is full or the folder can't be written; earlier checkpoints are untouched.
+        CheckpointError: the disk is full or the folder can't be written, on whichever rank, which is named; earlier
+            checkpoints are untouched.
     """
+    peers = peers or Peers()
     final = output_dir / f"step_{step}"
     beside = output_dir / f"{HIDDEN}{step}.writing"
     try:
+        _write_step(final, beside, write, peers)
+    except RankError as error:
+        _remove(beside, peers)
+        raise CheckpointError(str(error), path=final) from error
+    except Exception as error:
+        is_known = isinstance(error, (OSError, SafetensorError))
+        reason = _reason(error, output_dir) if is_known else f"{type(error).__name__}: {error}"
+        peers.tell(reason)
+        _remove(beside, peers)
+        if not is_known:
+            raise
+        raise CheckpointError(reason if peers.size == 1 else f"rank {peers.rank}: {reason}", path=final) from error
+    return final
+
+
+def _write_step(final: Path, beside: Path, write: Callable[[Path], None], peers: Peers) -> None:
+    output_dir = final.parent
+    if peers.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output_dir)
         beside.mkdir()
-        write(beside)
-        _seal(beside)
+    peers.meet()
+    write(beside)
+    entries = peers.gather(_seal(beside, [file for file in _files(beside) if _is_of(file, peers)]))
+    if peers.is_main:
+        _write_manifest(beside, {name: entry for of_rank in entries for name, entry in of_rank.items()})
         if final.exists():
-            final.rename(output_dir / f"{HIDDEN}{step}.replaced")
+            final.rename(output_dir / f"{HIDDEN}{final.name.removeprefix('step_')}.replaced")
         beside.rename(final)
         _flush_folder(output_dir)
         _remove_leftovers(output_dir)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(_reason(error, output_dir), path=final) from error
-    return final
+    peers.meet()
 
 
 def complete_steps(output_dir: Path) -> list[int]:
@@ -73,12 +98,23 @@ def newest_step(output_dir: Path) -> Path | None:
     return output_dir / f"step_{steps[-1]}" if steps else None
 
 
-def verify_step(path: Path) -> None:
-    """Read a checkpoint whole and compare it with its manifest.
+def verify_step(path: Path, peers: Peers | None = None) -> None:
+    """Read a checkpoint whole and compare it with its manifest; ranks share the files, and all of them call it.
 
     Raises:
         CheckpointError: names the file that is missing, cut or changed.
+        RankError: another rank has found it.
     """
+    peers = peers or Peers()
+    attempt = Attempt()
+    attempt(_verify, path, peers)
+    if attempt.error is not None:
+        peers.tell(str(attempt.error))
+    attempt.finish()
+    peers.meet()
+
+
+def _verify(path: Path, peers: Peers) -> None:
     manifest = read_json(path / MANIFEST)["files"]
     for name, entry in manifest.items():
         file = path / name
@@ -86,9 +122,9 @@ def verify_step(path: Path) -> None:
             raise CheckpointError("is missing, but the checkpoint's manifest names it", path=file)
         if file.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"has {file.stat().st_size} bytes where it had {entry['bytes']}", path=file)
-    sums = _checksums([path / name for name in manifest])
-    for (name, entry), found in zip(manifest.items(), sums, strict=True):
-        if found != entry["sha256"]:
+    mine = sorted(manifest, key=lambda name: manifest[name]["bytes"])[peers.rank :: peers.size]
+    for name, found in zip(mine, _checksums([path / name for name in mine]), strict=True):
+        if found != manifest[name]["sha256"]:
             raise CheckpointError(
                 "has changed since it was written: its checksum is another; go on from an earlier checkpoint",
                 path=path / name,
@@ -119,22 +155,32 @@ def mark_best(output_dir: Path, step: int) -> None:
     os.replace(beside, best)
 
 
-def _seal(folder: Path) -> None:
-    """Flush every file, check that each is readable, and write the manifest last."""
-    files = sorted(entry for entry in folder.rglob("*") if entry.is_file())
-    readers = folder.stat().st_mode & 0o666  # safetensors makes files that their owner alone can read
+def _files(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.rglob("*") if entry.is_file())
+
+
+def _is_of(file: Path, peers: Peers) -> bool:
+    return writing_rank(file.name, peers.size) == peers.rank
+
+
+def _seal(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Flush files, check that each is readable, and return what the manifest says of them."""
+    readers = folder.stat().st_mode & 0o666  # whoever may read the folder
     for file in files:
         file.chmod(readers)
         _flush(file)
         if file.suffix == ".safetensors":
             read_safetensors_header(file)
-    sums = _checksums(files)
-    entries = {
+    return {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(files, sums, strict=True)
+        for file, digest in zip(files, _checksums(files), strict=True)
     }
+
+
+def _write_manifest(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """The manifest, last, and everything flushed to the disk."""
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+    manifest.write_text(json.dumps({"files": dict(sorted(entries.items()))}, indent=1), encoding="utf-8")
     _flush(manifest)
     for inner in [entry for entry in folder.rglob("*") if entry.is_dir()]:
         _flush_folder(inner)
@@ -161,6 +207,12 @@ def _has_all_files(folder: Path) -> bool:
     return all(
         (folder / name).exists() and (folder / name).stat().st_size == entry["bytes"] for name, entry in entries.items()
     )
+
+
+def _remove(beside: Path, peers: Peers) -> None:
+    """What could not be finished, of which no rank writes any more."""
+    if peers.is_main:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _remove_leftovers(output_dir: Path) -> None:

@@ -186,6 +186,12 @@ def parts(model: nn.Module) -> dict[str, Part]:
     return found
 
 
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What this rank holds of each parameter and buffer, by name, as plain tensors that share their memory."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: local(tensor.detach()) for name, tensor in named}
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether FSDP has split it, so that this rank holds a part of what it says it is."""
     if not dist.is_initialized():

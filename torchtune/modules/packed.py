@@ -138,6 +138,13 @@ def dense(weight: Tensor, like: torch.dtype | Tensor) -> Tensor:
     return weight if weight.dtype == like.dtype else _dense_after(like, [weight], "", "", weight.shape)
 
 
+def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """All of a weight, a matrix or a stack of them, in `dtype`."""
+    if weight.dim() == 2:
+        return weight.dense(dtype)
+    return torch.stack([dense(weight[index], dtype) for index in range(len(weight))])
+
+
 @torch.library.custom_op("torchtune::dense_after", mutates_args=())
 def _dense_after(like: Tensor, parts: list[Tensor], kind: str, names: str, shape: list[int]) -> Tensor:
     """`dense` as one operator, in the type of `like`, and after it."""

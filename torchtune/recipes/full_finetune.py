@@ -17,6 +17,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from torchtune.checkpoint.held import Held
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint
 from torchtune.checkpoint.save import masters, save_model
 from torchtune.checkpoint.training_state import load_masters
@@ -41,7 +42,7 @@ from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
 from torchtune.recipes.optimization import Optimization
 from torchtune.recipes.params import FinetuneParams
-from torchtune.recipes.run_checkpoint import verified_training_state, write_checkpoint
+from torchtune.recipes.run_checkpoint import Saves, verified_training_state, write_checkpoint
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
 from torchtune.recipes.upkeep import Upkeep
@@ -190,6 +191,7 @@ class FullFinetuneRecipe:
         self._output.write_config(params, decided | self._optimization.decided())
         self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
         self._open.callback(self.metric_loggers.close)
+        self._saves = self._open.enter_context(Saves(self._output))
         self._upkeep = Upkeep(
             params,
             self.state,
@@ -200,6 +202,7 @@ class FullFinetuneRecipe:
             total_steps=self._optimization.total_steps,
             evaluate=None if self._eval_dataloader is None else self.evaluate,
             save=self.save_checkpoint,
+            saves=self._saves,
             until=self._open,
         )
 
@@ -266,12 +269,12 @@ class FullFinetuneRecipe:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
 
-        def write_model(folder: Path) -> dict[str, Tensor]:
-            save_model(folder, self._model, self._checkpoint)
-            return masters(self._model, self._checkpoint)
+        def write_model(folder: Path, held: Held) -> dict[str, Tensor]:
+            save_model(folder, self._model, self._checkpoint, held=held)
+            return masters(self._model, self._checkpoint, held)
 
         return write_checkpoint(
-            self._output,
+            self._saves,
             self._params,
             self.state,
             self._optimization,

@@ -26,6 +26,7 @@ from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.init import allocate_lora, init_lora
 from torchtune.adapters.lora import apply_lora
 from torchtune.adapters.merge import MergedWeights
+from torchtune.checkpoint.held import Held, trained_values
 from torchtune.checkpoint.open import Checkpoint
 from torchtune.checkpoint.peft_read import read_adapter
 from torchtune.checkpoint.peft_write import save_adapter
@@ -62,7 +63,7 @@ from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
 from torchtune.recipes.lora_params import LoRAParams, lora_groups
 from torchtune.recipes.optimization import Optimization
-from torchtune.recipes.run_checkpoint import verified_training_state, write_checkpoint
+from torchtune.recipes.run_checkpoint import Saves, verified_training_state, write_checkpoint
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
 from torchtune.recipes.upkeep import Upkeep
@@ -242,6 +243,7 @@ class LoRAFinetuneRecipe:
         self._output.write_config(params, decided | self._batching.as_dict() | self._optimization.decided())
         self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
         self._open.callback(self.metric_loggers.close)
+        self._saves = self._open.enter_context(Saves(self._output))
         self._upkeep = Upkeep(
             params,
             self.state,
@@ -252,6 +254,7 @@ class LoRAFinetuneRecipe:
             total_steps=self._optimization.total_steps,
             evaluate=None if self._eval_dataloader is None else self.evaluate,
             save=self.save_checkpoint,
+            saves=self._saves,
             until=self._open,
         )
 
@@ -318,17 +321,21 @@ class LoRAFinetuneRecipe:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
 
-        def write_model(folder: Path) -> dict[str, Tensor]:
-            adapter = adapter_of(self._model, self._lora, base=base_name(self._checkpoint))
-            save_adapter(folder, adapter, self._model)
-            save_text_files(folder, self._checkpoint)
+        def write_model(folder: Path, held: Held) -> dict[str, Tensor]:
+            values = trained_values(self._model, held)
+            adapter = adapter_of(self._model, self._lora, base=base_name(self._checkpoint), values=values)
+            save_adapter(folder, adapter, self._model, held=held)
+            if held.peers.is_main:
+                held.attempt(save_text_files, folder, self._checkpoint)
             if self._params.save_merged:
-                merged = MergedWeights(self._model, self._lora, self._base, self._checkpoint.reader(self._model))
-                save_model(folder / "merged", self._model, self._checkpoint, values=merged)
+                read = self._checkpoint.reader(self._model)
+                merged = MergedWeights(self._model, self._lora, self._base, read, values=values)
+                save_model(folder / "merged", self._model, self._checkpoint, values=merged, held=held)
+            held.attempt.finish()
             return {}  # the adapter's file holds what is trained to the bit
 
         return write_checkpoint(
-            self._output,
+            self._saves,
             self._params,
             self.state,
             self._optimization,

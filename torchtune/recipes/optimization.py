@@ -15,6 +15,7 @@ from torchtune.config.component import instantiate
 from torchtune.data.batch import Batch
 from torchtune.data.loader import DataLoader
 from torchtune.distributed.mesh import Mesh
+from torchtune.distributed.part import parts
 from torchtune.distributed.process_group import world_size
 from torchtune.errors import ConfigError
 from torchtune.parallel.gradients import GradientSums
@@ -53,6 +54,7 @@ class Optimization:
         ConfigError: a pattern of `param_groups` matches nothing, or two match the same parameter.
 
     Attributes:
+        model: as given.
         optimizer: torch's.
         total_steps: optimizer steps of the whole run; None where only the data's end will tell.
     """
@@ -69,7 +71,7 @@ class Optimization:
         default_lr: float,
         groups: Sequence[ParamGroup] = (),
     ) -> None:
-        self._model = model
+        self.model = model
         self._params = params
         self._loader = loader
         self._device = device
@@ -119,7 +121,7 @@ class Optimization:
             TrainingError: in the run's first step a trained parameter got no gradient.
         """
         if self._is_first_step:
-            check_all_reached(self._model)  # before the sum, which fills in zeros
+            check_all_reached(self.model)  # before the sum, which fills in zeros
             self._is_first_step = False
         self._parameters.take_gradients()
         self._sums.sum(self._parameters.by_name)
@@ -151,7 +153,7 @@ class Optimization:
         Raises:
             TrainingError: as `check_finite`.
         """
-        self._guard.check(self._model)
+        self._guard.check(self.model)
 
     def clip_gradients(self, grad_norm: Tensor) -> None:
         """Scale gradients of norm `grad_norm` down to `clip_grad_norm`."""
@@ -184,7 +186,8 @@ class Optimization:
             CheckpointError: its optimizer state belongs to other parameters.
         """
         tensors = saved.tensors.get("optimizer", {})
-        load_optimizer_tensors(self.optimizer, self._names(), tensors, saved.state["optimizer"])
+        others = saved.state["optimizer"]
+        load_optimizer_tensors(self.optimizer, self._names(), tensors, others, parts=parts(self.model))
         self._lr_schedule.warmup_progress = saved.state["warmup_progress"]
         self.grad_scaler.load_state_dict(saved.state["grad_scaler"])
 

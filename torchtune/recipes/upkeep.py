@@ -16,6 +16,7 @@ from torchtune.distributed.process_group import any_rank, is_main
 from torchtune.errors import DataError, StoppedBySignal
 from torchtune.recipes import choices
 from torchtune.recipes.params import FinetuneParams
+from torchtune.recipes.run_checkpoint import Saves
 from torchtune.recipes.run_folder import RunFolder, save_is_due
 from torchtune.recipes.run_state import RunState
 from torchtune.training.metric_logging import MetricLoggers
@@ -41,6 +42,7 @@ class Upkeep:
         total_steps: optimizer steps of the whole run; None where only the data's end will tell.
         evaluate: measures the held-out loss; None where nothing is held out.
         save: writes a checkpoint of the step just made, given its epoch; returns the folder.
+        saves: what `save` writes by, maybe in the background.
         until: closes the profiler.
     """
 
@@ -56,6 +58,7 @@ class Upkeep:
         total_steps: int | None,
         evaluate: Callable[[], float] | None,
         save: Callable[[int], Path],
+        saves: Saves,
         until: ExitStack,
     ) -> None:
         self._params = params
@@ -67,6 +70,7 @@ class Upkeep:
         self._total_steps = total_steps
         self._evaluate = evaluate
         self._save = save
+        self._saves = saves
         self._profiler = until.enter_context(setup_torch_profiler(**choices.profiler_options(params, output.path)))
         self._timer = StepTimer()
         self._signals = StopSignals()
@@ -82,11 +86,12 @@ class Upkeep:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this context signals are heard, progress is shown and time is taken."""
+        """Within this context signals are heard, progress is shown and time is taken; at its end all is saved."""
         progress = Progress(self._total_steps, start_step=self._state.total_training_steps)
         with StopSignals() as self._signals, progress as self._progress:
             self._timer.reset()
             yield
+            self._saves.wait()
 
     def steps_of_epoch(self, epoch: int) -> Iterator[list[Batch]]:
         """The epoch's steps that are left, each as its micro-batches.
@@ -160,10 +165,13 @@ class Upkeep:
         # Clocks and signals differ between ranks, so they agree.
         stop = any_rank(self._signals.stop_requested is not None, self._device)
         asked = self._signals.take_save_request() or self._output.save_is_overdue(params.save_every_minutes)
+        asked |= self._saves.have_failed  # all save then, and all raise
         due = save_is_due(params, step, epoch_ends=epoch_ends, run_ends=run_ends) or any_rank(asked, self._device)
         if not (stop or is_best or due):
             return
         folder = self._save(epoch)
+        if is_best or stop:
+            self._saves.wait()
         if is_best and is_main():
             mark_best(self._output.path, step)
         if stop:
