@@ -3,16 +3,19 @@
 Letters: L layers, D hidden_size, T tokens of a rank's micro-batch, R ranks; fp32, so 4 bytes an element.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import torchtune.distributed.gradients
 from tests.communication import Counting
+from torchtune.data.batch import collate
+from torchtune.data.sample import Sample
 from torchtune.distributed.mesh import MeshSizes, open_mesh
 from torchtune.models.build import build_model
-from torchtune.modules.documents import Documents
 from torchtune.modules.losses import LinearCrossEntropy
+from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp
 from torchtune.parallel.gradients import GradientSums
@@ -48,6 +51,12 @@ def numbers(config):
     return total, matrices, total - matrices
 
 
+def batch_of(data_rank):
+    """One document of T tokens, all but the first trained."""
+    ids = np.random.default_rng(data_rank).integers(0, 48, T).astype(np.int32)
+    return collate([[Sample(ids, np.arange(T) > 0)]])
+
+
 def step(config, sizes, *, dtype=torch.float32, num_micro_batches=1, checkpointed=False, **fsdp):
     """What this rank sends in the forward passes, the backward passes and the sum of gradients of one step."""
     with open_mesh(sizes, torch.device("cpu")) as mesh:
@@ -59,12 +68,18 @@ def step(config, sizes, *, dtype=torch.float32, num_micro_batches=1, checkpointe
             apply_activation_checkpointing(model.model.layers)
         apply_fsdp(model, mesh, dtype=dtype, **fsdp)
         stepped, sums = SteppedParameters(model), GradientSums(model, mesh)
-        ids = torch.randint(48, (T,), generator=torch.Generator().manual_seed(mesh.data.rank))
+        batch = shard_context(batch_of(mesh.data.rank), mesh.context)
         phases = {}
         with Counting() as counting:
             for _ in range(num_micro_batches):
                 with autocast(model, dtype):
-                    loss = model(ids, Documents.from_lengths([T]), labels=ids.roll(-1), loss=LinearCrossEntropy(T))
+                    loss = model(
+                        batch.input_ids,
+                        batch.documents,
+                        labels=batch.labels,
+                        trained=batch.trained,
+                        loss=LinearCrossEntropy(T),
+                    )
                 add(phases, "forward", counting.sent)
                 loss.backward()
                 add(phases, "backward", counting.sent)
@@ -168,7 +183,7 @@ def test_fsdp_of_replicas_adds_a_sum_of_shares(four_ranks):
 
 def test_tensor_ranks_gather_and_scatter_around_each_block(two_ranks):
     """Two blocks a layer, the embedding and the decoder's end; the loss gathers three numbers a token and rank."""
-    tokens, loss = 4 * T * D, 4 * 2 * T * 3
+    tokens, loss = 4 * T * D, 4 * 2 * (T - 1) * 3
     _, _, vectors = numbers(LLAMA)
     sent = same_on_all(two_ranks.run(step_of, LLAMA, MeshSizes(tensor=2), {}))
     assert sent["forward"] == {
@@ -189,7 +204,7 @@ def test_tensor_ranks_within_fsdp_send_half_of_each(four_ranks):
     sent = same_on_all(four_ranks.run(step_of, LLAMA, MeshSizes(tensor=2), {}))
     num, num_bytes = sent["forward"]["all_gather"]
     assert num == (L + 2) + (2 * L + 2)
-    assert num_bytes == 4 * matrices // 2 + (2 * L + 1) * tokens + 4 * 2 * T * 3
+    assert num_bytes == 4 * matrices // 2 + (2 * L + 1) * tokens + 4 * 2 * (T - 1) * 3
     num, num_bytes = sent["backward"]["reduce_scatter"]
     assert num == (L + 2) + (2 * L + 1)
     assert num_bytes == 4 * matrices // 2 + (2 * L + 1) * tokens
@@ -210,3 +225,13 @@ def test_experts_exchange_tokens_twice_a_layer_and_pass(two_ranks):
         # The experts are nobody else's, so nothing of theirs is gathered or summed.
         assert sent["forward"]["all_gather"][1] == 4 * (matrices - experts)
         assert sent["backward"]["reduce_scatter"][1] == 4 * (matrices - experts)
+
+
+def test_context_ranks_gather_keys_and_values_once_a_layer(two_ranks):
+    """Both in one collective, and their gradients in one; each rank has the gradients of its own tokens."""
+    total, _, _ = numbers(LLAMA)
+    keys_and_values = 4 * T * 2 * 2 * (D // 4)  # T tokens, K and V, 2 heads of D / 4
+    sent = same_on_all(two_ranks.run(step_of, LLAMA, MeshSizes(context=2), {}))
+    assert sent["forward"] == {"all_gather": (L, L * keys_and_values)}
+    assert sent["backward"] == {"reduce_scatter": (L, L * keys_and_values)}
+    assert sent["sum"] == {"all_reduce": (1, 4 * total)}
