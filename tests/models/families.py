@@ -44,7 +44,13 @@ FAMILIES = {
     },
     "gemma2": {**_SIZES, "model_type": "gemma2", "sliding_window": 6, "attn_logit_softcapping": 2.0},
     "gemma3_text": {**_SIZES, "model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2},
-    "gpt_oss": {**_SIZES, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "gpt_oss": {
+        **_SIZES,
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+    },
     "gpt_oss with its router's loss": {**_SIZES, "model_type": "gpt_oss", "sliding_window": 6, **_ROUTER},
     "mixtral with its router's loss": {**_SIZES, "model_type": "mixtral", **_ROUTER},
     "llama4_text": {
