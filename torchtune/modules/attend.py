@@ -62,39 +62,24 @@ def attend(
             keys, values = cache.extend(index, k[start:end], v[start:end])
             parts.append(_attend_one(q[start:end], keys, values, scores, sinks))
         return torch.cat(parts)
-    if scores.chunk is not None:
-        documents = documents.chunked(scores.chunk)
-    if documents.split is not None:
-        return _over_ranks(q, k, v, documents, scores, sinks)
-    return _attend_here(q, k, v, documents, documents, scores, sinks)
+    is_plain = scores.chunk is None and scores.softcap is None and sinks is None and documents.split is None
+    if is_plain and q.device.type == "cuda":
+        return _attend_varlen(q, k, v, documents, documents, scores)
+    return _by_length(q, k, v, documents, scores, sinks)
 
 
-def _attend_over_ranks(
+def _attend_by_length(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores, sinks: Tensor | None
 ) -> Tensor:
-    """Queries of the tokens that lie here, keys and values of all ranks."""
-    assert documents.split is not None
-    keys, places = documents.seen(scores.window)
-    both = gather(torch.cat((k, v), dim=1), documents.split.axis)  # [size T, 2 K, H], in one collective
-    # What two stretches of a document see is there twice, so that each finds its keys in one piece.
-    k, v = both.index_select(0, places).chunk(2, dim=1)
-    return _attend_here(q, k, v, documents, keys, scores, sinks)
-
-
-_on_cpu: Callable[..., Tensor] = attend_on_cpu
-_over_ranks: Callable[..., Tensor] = _attend_over_ranks
-
-
-def hide_from_compiler() -> None:
-    """Let torch.compile leave alone what loops over documents. Not at import: loading dynamo takes a second."""
-    global _on_cpu, _over_ranks
-    _on_cpu, _over_ranks = (torch.compiler.disable(function) for function in (attend_on_cpu, _attend_over_ranks))
-
-
-def _attend_here(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Documents, scores: Scores, sinks: Tensor | None
-) -> Tensor:
-    """Each document's tokens are the last of those in `keys`."""
+    """`attend` where the host must know the lengths."""
+    if scores.chunk is not None:
+        documents = documents.chunked(scores.chunk)
+    keys = documents  # the tokens of each document are the last of its keys
+    if documents.split is not None:
+        keys, places = documents.seen(scores.window)
+        both = gather(torch.cat((k, v), dim=1), documents.split.axis)  # [size T, 2 K, H], in one collective
+        # What two stretches of a document see is there twice, so that each finds its keys in one piece.
+        k, v = both.index_select(0, places).chunk(2, dim=1)
     if scores.softcap is not None or (sinks is not None and q.device.type != "cpu"):
         parts = [
             _attend_one(q[start:end], k[first:last], v[first:last], scores, sinks)
@@ -103,7 +88,19 @@ def _attend_here(
         return torch.cat(parts)
     if q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, keys, scores)
-    return _on_cpu(q, k, v, documents, keys, scores.scale, scores.window, sinks)
+    return attend_on_cpu(q, k, v, documents, keys, scores.scale, scores.window, sinks)
+
+
+_by_length: Callable[..., Tensor] = _attend_by_length
+
+
+def hide_from_compiler() -> None:
+    """Keep torch.compile out of what would be compiled anew for other lengths.
+
+    Not at import, where loading dynamo would cost a second.
+    """
+    global _by_length
+    _by_length = torch.compiler.disable(_attend_by_length)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:

@@ -67,25 +67,20 @@ _Plan = tuple[list[_Group], list[_Span]]
 
 def _plan(documents: Documents, keys: Documents, dtype: torch.dtype, *, may_group: bool) -> _Plan:
     """Which documents go together, and which alone."""
-    spans = [
-        _Span(slice(*span), slice(*of_keys))
-        for span, of_keys in zip(documents.bounds, keys.bounds, strict=True)
-        if span[1] > span[0]
-    ]
-    if dtype not in (torch.bfloat16, torch.float16) or not may_group:
-        return [], spans
-    if "_cpu_plan" not in documents.__dict__:  # made once a batch, used by every layer
+    # Made once a batch, used by every layer; of the keys, which may be other ones where there is a window.
+    plans: dict[bool, _Plan] = keys.__dict__.setdefault("_cpu_plans", {})
+    may_group = may_group and dtype in (torch.bfloat16, torch.float16)
+    if may_group not in plans:
         buckets: dict[int, list[_Span]] = {}
         alone = []
-        for span in spans:
+        for span in (_Span(slice(*own), slice(*seen)) for own, seen in zip(documents.bounds, keys.bounds, strict=True)):
             length, num_keys = (part.stop - part.start for part in span)
-            if length == num_keys <= MAX_GROUPED_LENGTH:
+            if may_group and 0 < length == num_keys <= MAX_GROUPED_LENGTH:
                 buckets.setdefault((length - 1) // LENGTH_STEP, []).append(span)
-            else:
+            elif length > 0:
                 alone.append(span)
-        documents.__dict__["_cpu_plan"] = ([_group(spans) for spans in buckets.values()], alone)
-    plan: _Plan = documents.__dict__["_cpu_plan"]
-    return plan
+        plans[may_group] = ([_group(spans) for spans in buckets.values()], alone)
+    return plans[may_group]
 
 
 def _group(spans: list[_Span]) -> _Group:
@@ -250,16 +245,19 @@ def _single_backward(
     num_heads, num_past = q.shape[1], len(k) - len(q)
     queries, keys, values, output, grad_out = (_batched(x, num_heads) for x in (q, k, v, out, grad))
 
-    def through(seen: slice, is_causal: bool) -> Any:
+    def through(keys: Tensor, values: Tensor, is_causal: bool) -> Any:
         """The gradients by way of these keys: with the sum over all keys they are shares, and add up."""
-        some = (queries, keys[:, :, seen], values[:, :, seen], output, log_sum)
+        some = (queries, keys, values, output, log_sum)
         return _flash_backward(grad_out, *some, 0.0, is_causal, attn_mask=mask, scale=scale)
 
     if mask is None and num_past > 0:
-        past, own = through(slice(num_past), False), through(slice(num_past, None), True)
-        dq, dk, dv = past[0] + own[0], torch.cat((past[1], own[1]), dim=2), torch.cat((past[2], own[2]), dim=2)
+        past, own = slice(num_past), slice(num_past, None)
+        of_past = through(keys[:, :, past], values[:, :, past], False)
+        of_own = through(keys[:, :, own], values[:, :, own], True)
+        dq = of_past[0] + of_own[0]
+        dk, dv = (torch.cat(both, dim=2) for both in zip(of_past[1:], of_own[1:], strict=True))
     else:
-        dq, dk, dv = through(slice(None), mask is None)
+        dq, dk, dv = through(keys, values, mask is None)
     dk, dv = (x[0].unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1) for x in (dk, dv))
     return dq[0].transpose(0, 1), dk, dv
 
