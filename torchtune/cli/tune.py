@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
-import time
 from collections.abc import Sequence
 
 from torchtune import __version__
@@ -22,7 +22,6 @@ VERBS = {
     "validate": "check a run's options without reading a weight",
     "download": "fetch a checkpoint from the hub",
 }
-SECONDS_FOR_RANK_0 = 3.0
 USAGE = """\
 usage: tune VERB ...
 
@@ -35,24 +34,32 @@ tune VERB --help says more. To begin: tune run full_finetune model_checkpoint=DI
 def main(argv: Sequence[str] | None = None) -> None:
     """The command's entry point; ends the process with the verb's exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if "RANK" not in os.environ:
-        sys.exit(run(arguments))
+    if "RANK" in os.environ:  # a launcher's
+        from torchtune.cli.rank import run_rank
+
+        run_rank(arguments)
     try:
-        code = run(arguments)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    if code:
-        # One of several failed, and has said so. An orderly end could abort in the process group's threads, whose
-        # peers are ending too; the status would then be a signal's and not the failure's.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        sys.exit(run(arguments))
+    except KeyboardInterrupt:
+        tell("interrupted")
+        sys.exit(128 + signal.SIGINT)
 
 
 def run(argv: list[str]) -> int:
     """Run a command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by a signal."""
+    try:
+        return call(argv)
+    except TuneError as error:
+        tell(str(error))
+        return exit_code(error)
+
+
+def call(argv: list[str]) -> int:
+    """Run a command line and return its exit code.
+
+    Raises:
+        TuneError: what went wrong, to be told.
+    """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(verbs="\n".join(f"  {verb:10} {line}" for verb, line in VERBS.items())))
         return 0
@@ -61,31 +68,26 @@ def run(argv: list[str]) -> int:
         return 0
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
-        return _complain(f"tune: there is no verb '{verb}'{did_you_mean(verb, VERBS)}", 2)
-    module = importlib.import_module(f"torchtune.cli.{verb}")
-    try:
-        return int(module.run(rest))
-    except StoppedBySignal as error:
-        return _complain(str(error), 128 + error.signal_number)
-    except ConfigError as error:
-        return _complain(str(error), 2)
-    except TuneError as error:
-        return _complain(str(error), 1)
+        raise ConfigError(f"there is no verb '{verb}'{did_you_mean(verb, VERBS)}", where="tune")
+    return int(importlib.import_module(f"torchtune.cli.{verb}").run(rest))
+
+
+def exit_code(error: Exception) -> int:
+    """What the process ends with after this error."""
+    if isinstance(error, StoppedBySignal):
+        return 128 + error.signal_number
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def tell(text: str) -> None:
+    """Print on standard error; what its encoding lacks is escaped: an error about a name must not fail on it."""
+    encoding = sys.stderr.encoding or "ascii"
+    sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
     """A verb's argument parser."""
     return argparse.ArgumentParser(prog=f"tune {verb}", description=description)
-
-
-def _complain(text: str, code: int) -> int:
-    if int(os.environ.get("RANK", 0)):
-        # What is wrong for all ranks is told once, by rank 0: its end ends this process while it waits here.
-        time.sleep(SECONDS_FOR_RANK_0)
-    # Whatever the terminal's encoding lacks is escaped: an error about a name must not fail on it.
-    encoding = sys.stderr.encoding or "ascii"
-    sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    return code
 
 
 if __name__ == "__main__":

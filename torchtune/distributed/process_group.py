@@ -11,14 +11,25 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from torchtune.distributed import failures
+from torchtune.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# How long a rank waits in a collective for the others, on gloo and NCCL alike. Others may well be long at work, as at
+# a checkpoint of hundreds of GB, and a rank that has died is noticed much sooner, by its closed connections.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
 T = TypeVar("T")
+
+_planned: int | None = None  # ranks that a launcher is about to start
 
 
 def launched() -> bool:
@@ -37,8 +48,19 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    """Number of processes; within `planned_world_size`, of those to come."""
+    return dist.get_world_size() if dist.is_initialized() else _planned or int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def planned_world_size(num_ranks: int) -> Iterator[None]:
+    """Within this block, `world_size()` is that of a run which this process is about to launch."""
+    global _planned
+    _planned = num_ranks
+    try:
+        yield
+    finally:
+        _planned = None
 
 
 def is_main() -> bool:
@@ -58,22 +80,55 @@ def init_process_group(backend: str | None = None, device: torch.device | None =
     if dist.is_initialized() or not launched():
         return False
     on_cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
-    chosen = "nccl" if on_cuda else "gloo"
-    if backend == "nccl" and chosen == "gloo":
+    # gloo beside NCCL: what rests on the CPU, and what is no tensor, goes its way without the device.
+    chosen = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    if backend == "nccl" and not on_cuda:
         logger.info("backend 'nccl' needs a CUDA device; this run is on the CPU and uses gloo")
     elif backend is not None:
         chosen = backend
-    dist.init_process_group(backend=chosen)
+    store, this_rank, num_ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The agent keeps this store over restarts, and in it the addresses of ranks that are gone.
+        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        chosen,
+        store=store,
+        rank=this_rank,
+        world_size=num_ranks,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=_own_cuda_device() if "nccl" in chosen else None,
+    )
+    failures.watch(dist.PrefixStore("failures", store))
     return True
+
+
+def _own_cuda_device() -> torch.device:
+    """The CUDA device of the local rank, made the current one, so that no process takes memory on another's."""
+    if local_rank() >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank()} has no CUDA device: this machine has {torch.cuda.device_count()}; start at "
+            "most one process for each (--nproc_per_node), or set device=cpu",
+            key="device",
+        )
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
 
 
 @contextmanager
 def process_group(device: torch.device | str | None = None) -> Iterator[None]:
-    """Hold the launcher's process group, if there is one, and leave none behind."""
+    """Hold the launcher's process group, if there is one, and leave none behind.
+
+    After an error on CUDA the group is left to the process's end: NCCL's own end would wait for the other ranks.
+    """
     kind = torch.device(device) if device not in (None, "auto") else None
     started = init_process_group(device=kind)
     try:
         yield
+    except Exception as error:
+        if started:
+            failures.note(error)  # before the others notice that this rank is gone
+            started = "nccl" not in dist.get_backend_config()
+        raise
     finally:
         if started:
             dist.destroy_process_group()
@@ -81,20 +136,20 @@ def process_group(device: torch.device | str | None = None) -> Iterator[None]:
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` summed over all ranks, in place, on its device; no wait for the host on CUDA."""
-    if world_size() > 1:
+    if not _is_alone():
         dist.all_reduce(tensor)
     return tensor
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    if world_size() > 1:
+    if not _is_alone():
         dist.barrier()
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: T) -> T:
     """Rank 0's `value`, on every rank."""
-    if world_size() == 1:
+    if _is_alone():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -118,6 +173,18 @@ def gather_objects(value: T) -> list[T]:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank; every rank gets the same answer. Waits for the device."""
-    if world_size() == 1:
-        return flag
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)).item())
+    return bool(max_over_ranks(int(flag), device))
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """The largest `number` of any rank, on every rank. Waits for the device."""
+    if _is_alone():
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
+def _is_alone() -> bool:
+    """Whether there is nobody to talk to; a launcher that plans ranks does not count as one of them."""
+    return _planned is not None or world_size() == 1

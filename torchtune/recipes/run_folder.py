@@ -24,6 +24,7 @@ from torchtune import __version__
 from torchtune.checkpoint.steps import complete_steps, newest_step
 from torchtune.config.component import instantiate
 from torchtune.config.serialize import resolved, to_yaml
+from torchtune.distributed.attempts import is_restarted, launched_at
 from torchtune.distributed.process_group import broadcast_object, is_main
 from torchtune.errors import ConfigError
 from torchtune.recipes.params import FinetuneParams
@@ -65,18 +66,22 @@ class RunFolder:
     """
 
     def __init__(self, params: FinetuneParams, recipe: str) -> None:
-        default = f"runs/{model_name(params.model_checkpoint)}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(str(broadcast_object(params.output_dir or default)))
+        self.path = Path(params.output_dir or f"runs/{model_name(params.model_checkpoint)}-{recipe}-{launched_at()}")
         self.recipe = recipe
         self._last_save = time.monotonic()
         self._saved_step: int | None = None
-        self.resume_from = self._resume_from(params.resume_from_checkpoint)
-        if self.resume_from is None:
+        restarted = is_restarted()
+        resume_from = self._resume_from(params.resume_from_checkpoint, restarted)
+        if resume_from is None and not restarted:
             self._refuse_to_overwrite(params.resume_from_checkpoint)
         _refuse_unwritable(self.path)
+        # Machines may see a shared folder's news at different times.
+        self.resume_from: Path | None = broadcast_object(resume_from)
 
-    def _resume_from(self, wish: bool | str) -> Path | None:
-        if wish is False:
+    def _resume_from(self, wish: bool | str, restarted: bool) -> Path | None:
+        if restarted and (newest := newest_step(self.path)):
+            return newest  # this run's own, wherever it began
+        if wish is False or (wish is True and restarted):
             return None
         if isinstance(wish, str) and wish != "auto":
             return self._named_checkpoint(Path(wish))
@@ -116,7 +121,8 @@ class RunFolder:
         Args:
             chosen: what was decided for keys that the params left open; written as comments.
         """
-        say(f"{self.path}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+        going_on = f", going on from {self.resume_from}" if self.resume_from else ""
+        say(f"{self.path}{going_on}: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         if not is_main():
             return
         self.path.mkdir(parents=True, exist_ok=True)

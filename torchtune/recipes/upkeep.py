@@ -12,7 +12,7 @@ import torch
 from torchtune.checkpoint.steps import mark_best
 from torchtune.data.batch import Batch
 from torchtune.data.loader import DataLoader
-from torchtune.distributed.process_group import any_rank, is_main
+from torchtune.distributed.process_group import any_rank, is_main, max_over_ranks
 from torchtune.errors import DataError, StoppedBySignal
 from torchtune.recipes import choices
 from torchtune.recipes.params import FinetuneParams
@@ -163,7 +163,7 @@ class Upkeep:
     def _save_if_due(self, epoch: int, *, epoch_ends: bool, run_ends: bool, is_best: bool) -> None:
         params, step = self._params, self._state.total_training_steps
         # Clocks and signals differ between ranks, so they agree.
-        stop = any_rank(self._signals.stop_requested is not None, self._device)
+        stop = max_over_ranks(self._signals.stop_requested or 0, self._device)
         asked = self._signals.take_save_request() or self._output.save_is_overdue(params.save_every_minutes)
         asked |= self._saves.have_failed  # all save then, and all raise
         due = save_is_due(params, step, epoch_ends=epoch_ends, run_ends=run_ends) or any_rank(asked, self._device)
@@ -176,6 +176,6 @@ class Upkeep:
             mark_best(self._output.path, step)
         if stop:
             raise StoppedBySignal(
-                self._signals.stop_requested or 0,
+                stop,
                 f"stopped after step {step}, saved in {folder}; resume_from_checkpoint=true goes on from there",
             )

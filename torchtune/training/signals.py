@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from torchtune.distributed.process_group import is_main, launched
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Under a launcher one wish comes twice where the cluster signals every process: the agent passes its own on.
+SECONDS_OF_ONE_WISH = 5.0
 
 
 class StopSignals:
@@ -23,6 +28,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.stop_requested: int | None = None
+        self._stop_time = 0.0
         self._save_requested = False
         self._before: dict[int, Any] = {}
 
@@ -49,11 +55,14 @@ class StopSignals:
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.stop_requested is not None:
+            if launched() and time.monotonic() - self._stop_time < SECONDS_OF_ONE_WISH:
+                return
             # Straight to the descriptor: the handler may have interrupted a write to sys.stderr.
             os.write(2, f"\n{name} again: leaving now; the last complete checkpoint stands\n".encode())
             os._exit(128 + number)
-        self.stop_requested = number
-        os.write(2, f"\n{name}: finishing this step, saving, then leaving; once more leaves at once\n".encode())
+        self.stop_requested, self._stop_time = number, time.monotonic()
+        if is_main():
+            os.write(2, f"\n{name}: finishing this step, saving, then leaving; once more leaves at once\n".encode())
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self._save_requested = True

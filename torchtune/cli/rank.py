@@ -1,0 +1,62 @@
+"""The end of one process of several: the first to fail tells why, and its agent learns whether to try again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from torchtune.cli.tune import call, exit_code, tell
+from torchtune.errors import TuneError
+
+# An elastic agent names this file for each of its processes, and reads it when the process has failed.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def run_rank(arguments: Sequence[str]) -> NoReturn:
+    """Run a command line as one of several processes, and end the process."""
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a wish to save that comes before there is anything to save
+    try:
+        code = call(list(arguments))
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        code = exit_code(error)
+        _tell_if_first(error)
+    if code:
+        # An orderly end could abort in the process group's threads, whose peers are ending too; the status would then
+        # be a signal's and not the failure's.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def is_final(error_data: Mapping[str, Any]) -> bool:
+    """Whether the error in this file would only come again: a person's mistake, bad data, a loss that is not finite."""
+    return error_data.get("final") is True
+
+
+def _tell_if_first(error: Exception) -> None:
+    from torchtune.distributed import failures
+    from torchtune.distributed.process_group import rank
+
+    if not failures.is_to_tell(rank()):
+        return
+    if file := os.environ.get(ERROR_FILE):
+        # The agent's own form, and two words for ours.
+        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump({"message": message, "rank": rank(), "final": isinstance(error, TuneError)}, stream)
+    if isinstance(error, TuneError):
+        tell(str(error))
+    else:
+        traceback.print_exception(error)
+    failures.linger()
