@@ -3,6 +3,10 @@
 Functions for ranks stand here and not beside their tests, which import transformers: each rank would wait for it.
 """
 
+from contextlib import nullcontext
+from functools import partial
+from unittest.mock import patch
+
 import torch
 import torch.distributed as dist
 
@@ -13,6 +17,7 @@ from torchtune.distributed.part import parts
 from torchtune.models.build import build_model
 from torchtune.modules.documents import Documents
 from torchtune.modules.losses import LinearCrossEntropy
+from torchtune.modules.vocabulary import VocabularyShare
 from torchtune.parallel.splits import unsplit_parameters
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
@@ -90,17 +95,22 @@ def check_tensor_parallel_model(config, lora=None, checkpointed=False, compiled=
     axis = whole_axis()
     whole = random_model(config, lora)
     split = tensor_parallel_model(whole, config, lora)
-    if compiled:
-        apply_compile(split.model.layers)
-    if checkpointed:
-        apply_activation_checkpointing(split.model.layers)
     ids, labels, documents = batch(whole.model.embed_tokens.num_embeddings)
     with torch.no_grad():
         assert_same(split(ids, documents), whole(ids, documents), "logits")
-    losses = [model(ids, documents, labels=labels, loss=LinearCrossEntropy(chunk_size=5)) for model in (whole, split)]
-    assert_same(losses[1], losses[0], "loss")
-    for loss in losses:
-        loss.backward()
+    if compiled:
+        torch._dynamo.reset()
+        # Traced and differentiated as ever; only the generated code, which takes minutes, is left out.
+        with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+            apply_compile(split.model.layers)
+    if checkpointed:
+        apply_activation_checkpointing(split.model.layers)
+    # Layers that are alike share what is compiled; with a forward wrapped on each, each would be compiled.
+    with torch._dynamo.config.patch(error_on_recompile=True) if compiled else nullcontext():
+        losses = [m(ids, documents, labels=labels, loss=LinearCrossEntropy(chunk_size=5)) for m in (whole, split)]
+        assert_same(losses[1], losses[0], "loss")
+        for loss in losses:
+            loss.backward()
     expected, held, unsplit = dict(whole.named_parameters()), parts(split), unsplit_parameters(split)
     trained = {name: parameter for name, parameter in split.named_parameters() if parameter.requires_grad}
     assert trained.keys() == {name for name, parameter in expected.items() if parameter.requires_grad}
@@ -118,3 +128,20 @@ def check_loaded_is_cut_alike(config):
     apply_tensor_parallel(loaded, whole_axis())
     held = tensors_of(tensor_parallel_model(whole, config))
     assert all(torch.equal(tensor, held[name]) for name, tensor in tensors_of(loaded).items())
+
+
+def refusal_of(config, num_tokens):
+    """What a split model says to a batch of so many tokens."""
+    model = on_meta(config)
+    apply_tensor_parallel(model, whole_axis())
+    fill(model, {})
+    try:
+        model(torch.zeros(num_tokens, dtype=torch.int64))
+    except ValueError as error:
+        return str(error)
+
+
+def held_places(size, ids):
+    """Of ids, where this rank looks each up."""
+    places, is_held = VocabularyShare(whole_axis(), size).places(torch.tensor(ids))
+    return places.tolist(), is_held.tolist()

@@ -3,8 +3,19 @@
 import pytest
 
 from tests.models.support import config_of
-from tests.parallel.same_model import check_loaded_is_cut_alike, check_tensor_parallel_model
+from tests.parallel.same_model import (
+    check_loaded_is_cut_alike,
+    check_tensor_parallel_model,
+    held_places,
+    on_meta,
+    refusal_of,
+)
+from torchtune.errors import ConfigError
 from torchtune.models.build import FILES
+from torchtune.modules.feed_forward import FeedForward
+from torchtune.modules.linear import Linear
+from torchtune.modules.losses import LinearCrossEntropy
+from torchtune.parallel.tensor_sizes import check_tensor_parallel
 
 
 def _config(model_type, **changes):
@@ -73,15 +84,91 @@ def test_activation_checkpointing(two_ranks, model_type):
     two_ranks.run(check_tensor_parallel_model, _config(model_type, output_router_logits=True), None, True)
 
 
-@pytest.mark.parametrize("lora", [None, {"targets": ["all-linear"], "use_dora": True}])
-@pytest.mark.parametrize("model_type", ["qwen3", "mixtral"])
-def test_compiled(two_ranks, model_type, lora):
-    """Layers are compiled with their collectives, and checkpointing goes around."""
-    config = _config(model_type, num_hidden_layers=1, layer_types=None)
-    two_ranks.run(check_tensor_parallel_model, config, lora, True, True)
+@pytest.mark.slow
+def test_compiled(two_ranks):
+    """Layers are compiled with their collectives, one for all, and checkpointing goes around."""
+    config = _config("llama", num_hidden_layers=2)
+    two_ranks.run(check_tensor_parallel_model, config, None, True, True, timeout_s=200)
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "gpt_oss", "stablelm"])
 def test_a_loaded_model_is_cut_alike(two_ranks, model_type):
     """Two stretches, gate and up in turn, a row for each head."""
     two_ranks.run(check_loaded_is_cut_alike, _config(model_type, qk_layernorm=True))
+
+
+def test_tokens_that_can_not_be_shared(two_ranks):
+    """A batch that does not divide is refused by each rank, with the remedy."""
+    for message in two_ranks.run(refusal_of, _config("llama"), 7):
+        assert message.startswith("a batch of 7 tokens")
+        assert "padded_to(2)" in message
+
+
+def test_ids_beyond_the_vocabulary_are_not_taken_for_zeros(two_ranks):
+    """The rank at that end still looks them up, and fails as one device does."""
+    first, last = two_ranks.run(held_places, 5, [-1, 0, 2, 3, 4, 5])
+    assert first == ([-1, 0, 2, 0, 0, 0], [True, True, True, False, False, False])
+    assert last == ([0, 0, 0, 0, 1, 2], [False, False, False, True, True, True])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "size", "expected"),
+    [
+        ("llama", {}, 4, ["num_key_value_heads=2"]),
+        ("llama", {}, 3, ["num_attention_heads=4", "num_key_value_heads=2"]),
+        ("llama", {"intermediate_size": 49}, 2, ["intermediate_size=49"]),
+        ("llama", {"vocab_size": 5, "num_key_value_heads": 4}, 4, ["vocab_size=5"]),
+        ("gpt_neox", {"num_attention_heads": 1}, 2, ["num_attention_heads=1", "num_key_value_heads=1"]),
+        ("deepseek_v3", {"moe_intermediate_size": 25}, 2, ["intermediate_size=25"]),
+        ("llama", {}, 2, []),
+        ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}, 1, []),
+    ],
+)
+def test_sizes_that_do_not_divide(model_type, changes, size, expected):
+    """All of them at once, by name and number."""
+    model = on_meta(_config(model_type, **changes))
+    assert _problems(model, size) == [("tensor_parallel", name) for name in expected]
+
+
+def _problems(model, size, **options):
+    """Key and first word of each problem."""
+    try:
+        check_tensor_parallel(model, size, **options)
+    except ConfigError as error:
+        return [(problem.key, problem.message.split()[0]) for problem in error.problems]
+    return []
+
+
+def test_a_refusal_says_what_would_do():
+    with pytest.raises(ConfigError, match="'model.layers.0.self_attn' does not divide by 4.*: 1, 2$"):
+        check_tensor_parallel(on_meta(_config("llama")), 4)
+
+
+class OwnLoss(LinearCrossEntropy):
+    def forward(self, hidden, weight, targets, *, softcap=None):
+        return super().forward(hidden, weight, targets, softcap=softcap)
+
+
+def test_a_loss_that_takes_no_shared_vocabulary():
+    """It would see a part of the logits and not know; it is refused by its name."""
+    model = on_meta(_config("llama"))
+    assert _problems(model, 2, loss=OwnLoss()) == [("loss", f"'{__name__}.OwnLoss'")]
+    assert _problems(model, 1, loss=OwnLoss()) == []
+    assert _problems(model, 2, loss=LinearCrossEntropy()) == []
+    assert _problems(model, 2, loss=lambda hidden, weight, targets, **options: 0) == []
+
+
+class OwnFeedForward(FeedForward):
+    pass
+
+
+def test_parts_that_are_not_known():
+    """A family from outside may have blocks that nothing here can split; its own kinds of ours are ours."""
+    model = on_meta(_config("llama"))
+    model.model.layers[1].mlp = Linear(32, 32)
+    model.model.layers[2].mlp = OwnFeedForward(32, 48)
+    with pytest.raises(ConfigError) as error:
+        check_tensor_parallel(model, 2)
+    (problem,) = error.value.problems
+    assert problem.key == "tensor_parallel"
+    assert "'1.mlp' of the layers, a Linear" in problem.message

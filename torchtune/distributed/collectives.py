@@ -17,6 +17,10 @@ from torch import Tensor
 
 from torchtune.distributed.mesh import Axis
 
+# Torch 2.13 has them under new names, and warns of the old ones.
+_gather_single = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_scatter_single = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 
 def gather(x: Tensor, axis: Axis) -> Tensor:
     """[t, ..] of each rank -> [t * size, ..] on all, in their order. Its gradient is summed and scattered."""
@@ -56,11 +60,11 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], axis: Axis)
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return functional.wait_tensor(functional.all_gather_tensor(x.contiguous(), 0, group))
+    return functional.wait_tensor(_gather_single(x.contiguous(), 0, group))
 
 
 def _scattered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return functional.wait_tensor(functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group))
+    return functional.wait_tensor(_scatter_single(x.contiguous(), "sum", 0, group))
 
 
 def _exchanged(x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -45,7 +45,7 @@ def apply_tensor_parallel(model: CausalLM, axis: Axis) -> None:
 
     The model may be on the meta device or loaded, with adapters or without; parameters keep their names and become
     plain tensors of the local shape, whose `Part` is noted. The flat token axis of a batch must be a multiple of
-    the axis' size. Forwards are wrapped on the instances, so compilation, checkpointing and FSDP go around them.
+    the axis' size. Compilation, checkpointing and FSDP go around it, afterwards.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -62,28 +62,37 @@ def apply_tensor_parallel(model: CausalLM, axis: Axis) -> None:
             split_feed_forward(module, axis)
         elif isinstance(module, Experts):
             split_experts(module, axis)
-    for layer in model.model.layers:
-        for block in layer.children():
-            if isinstance(block, BLOCKS):
-                _wrap(block, partial(_of_all_tokens, block), axis)
     share, decoder = split_vocabulary(model, axis), model.model
     _wrap(decoder.embed_tokens, _own_embeddings, share)
     if decoder.has_learned_positions:
         _wrap(decoder.embed_positions, _own_positions, axis)
     _wrap(decoder, _gathered, axis)
+    _share_tokens(model, axis)
+
+
+def _share_tokens(model: CausalLM, axis: Axis) -> None:
+    """Let each block of a layer see all tokens [T, D], and give the own ones [T / size, D] of what ranks made."""
+
+    # The same two hooks for all blocks. A forward wrapped on each instance is another one to torch.compile, which would
+    # compile every layer anew.
+    def before(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return gather(args[0], axis), *args[1:]
+
+    def behind(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        if isinstance(block, MoE) and block.keep_router_logits:
+            # Every rank makes the whole load-balancing loss of them, and gradients are added up.
+            block.router_logits = _ScaledGradient.apply(block.router_logits, 1 / axis.size)
+        return scatter_sum(out, axis)
+
+    for layer in model.model.layers:
+        for block in layer.children():
+            if isinstance(block, BLOCKS):
+                block.register_forward_pre_hook(before)
+                block.register_forward_hook(behind)
 
 
 def _wrap(module: nn.Module, outer: Forward, among: Axis | VocabularyShare) -> None:
     module.forward = partial(outer, module.forward, among)
-
-
-def _of_all_tokens(block: nn.Module, inner: Forward, axis: Axis, hidden_states: Tensor, *args: Any) -> Tensor:
-    """The own tokens [T / size, D] before and after a block that sees all."""
-    out = scatter_sum(inner(gather(hidden_states, axis), *args), axis)
-    if isinstance(block, MoE) and block.keep_router_logits:
-        # Every rank makes the whole load-balancing loss of them, and gradients are added up.
-        block.router_logits = _ScaledGradient.apply(block.router_logits, 1 / axis.size)
-    return out
 
 
 def _own_embeddings(inner: Forward, share: VocabularyShare, input_ids: Tensor) -> Tensor:
