@@ -14,6 +14,7 @@ from torchtune.cli.tune import call
 from torchtune.distributed.process_group import world_size
 from torchtune.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("kept_environment")
 HEADER = """
 import os, signal, sys, time, torch
 import torch.distributed as dist
