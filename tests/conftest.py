@@ -1,5 +1,7 @@
 """What all tests share: two threads at most, so that their numbers and times do not depend on the machine."""
 
+import os
+
 import pytest
 import torch
 
@@ -15,6 +17,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def kept_environment():
+    """The environment is afterwards what it was: a launcher writes to it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

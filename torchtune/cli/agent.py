@@ -19,7 +19,6 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
-    RendezvousConnectionError,
     RendezvousError,
     RendezvousHandler,
     RendezvousParameters,
@@ -55,11 +54,11 @@ def launch(config: LaunchConfig, command: Callable[..., Any] | str, arguments: C
     except SignalException as stop:
         return 128 + stop.sigval
     except RendezvousTimeoutError as error:
-        raise _not_met(config, f"did not within {config.rdzv_configs['timeout']} s") from error
-    except RendezvousConnectionError as error:
-        raise _not_met(config, f"there is no connection to it ({error})") from error
+        raise _not_met(config, f"they did not within {config.rdzv_configs['timeout']} s") from error
     except RendezvousError as error:
-        tell(f"the run has ended on the other machines ({error})")
+        if RESTARTED not in os.environ:  # nothing has been started
+            raise _not_met(config, str(error)) from error
+        tell("the run has ended on the other machines")
         return 1
     # None: another number of machines is at work, without this one.
     return 0 if result is None or result.state == WorkerState.SUCCEEDED else _status(result.failures)

@@ -163,6 +163,8 @@ def _set_environment(num_processes: int) -> None:
     # A store that outlives a restart, as torch shares it by default, still has the addresses of ranks that are gone.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    # Which connections broke when a rank is gone is torch's own affair; that it is gone is told.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch would give each process one thread; the cores are there to be shared.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(_num_cores() // num_processes, 1)))
 
