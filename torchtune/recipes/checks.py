@@ -19,6 +19,7 @@ from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder
+from torchtune.training.activation_checkpointing import check_activation_checkpointing
 from torchtune.training.device import get_device
 
 
@@ -36,7 +37,15 @@ def check_finetune(
     """
     problems = Problems()
     with problems.caught("device"):
-        get_device(params.device)
+        device = get_device(params.device)
+        check_activation_checkpointing(
+            enabled=params.enable_activation_checkpointing,
+            mode=params.ac_mode,
+            option=params.ac_option,
+            offload=params.enable_activation_offloading,
+            compiled=params.compile,
+            device=device,
+        )
     with problems.caught():
         params.mesh_sizes.fitted(world_size())
     with problems.caught("output_dir"):

@@ -159,7 +159,12 @@ class FullFinetuneRecipe:
         if params.compile:
             apply_compile(model.model.layers)
         if params.enable_activation_checkpointing:
-            apply_activation_checkpointing(model.model.layers)
+            apply_activation_checkpointing(
+                model.model.layers,
+                mode=params.ac_mode,
+                option=params.ac_option,
+                offload=params.enable_activation_offloading,
+            )
         apply_fsdp(model, self._mesh, dtype=self._dtype, **fsdp_options(params))  # last: it shards what the others made
         self._checkpoint.load_into(model, device=self._device, param_dtype=self._param_dtype)
         if self._resume_from_checkpoint:

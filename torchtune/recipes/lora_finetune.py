@@ -189,7 +189,12 @@ class LoRAFinetuneRecipe:
         if params.compile:
             apply_compile(model.model.layers)
         if params.enable_activation_checkpointing:
-            apply_activation_checkpointing(model.model.layers)
+            apply_activation_checkpointing(
+                model.model.layers,
+                mode=params.ac_mode,
+                option=params.ac_option,
+                offload=params.enable_activation_offloading,
+            )
         packed = () if params.base_quantization == "none" else packable(model)
         apply_fsdp(model, self._mesh, dtype=self._dtype, ignored=packed, **fsdp_options(params))
         allocate_lora(model, device=self._device, dtype=self._param_dtype)

@@ -147,6 +147,15 @@ class FinetuneParams:
         default=False,
         description="Keep only each layer's input, compute the rest again: less memory, a third more work.",
     )
+    ac_mode: Literal["full", "selective"] = Field(
+        default="full", description="Which layers that is, or for selective, what ac_option says."
+    )
+    ac_option: Count | Literal["op"] = Field(
+        default="op", description="selective: every how many layers; or op: each, but what costs much is kept."
+    )
+    enable_activation_offloading: bool = Field(
+        default=False, description="Keep those inputs in host memory, copied beside the work; CUDA alone."
+    )
     compile: bool = Field(default=False, description="torch.compile each layer: pays off in long runs.")
 
     # How it is spread over the ranks that a launcher starts.
