@@ -196,7 +196,8 @@ class FullFinetuneRecipe:
         self._output.write_config(params, decided | self._optimization.decided())
         self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
         self._open.callback(self.metric_loggers.close)
-        self._saves = self._open.enter_context(Saves(self._output))
+        saves = Saves(self._output, in_background=params.enable_async_checkpointing)
+        self._saves = self._open.enter_context(saves)
         self._upkeep = Upkeep(
             params,
             self.state,

@@ -184,6 +184,8 @@ class LoRAFinetuneRecipe:
         adapters = open_adapters(params, model)
         self._lora = adapters.config
         apply_lora(model, self._lora, is_given=adapters.start is not None)
+        # Compared with whole layers, so before they are split.
+        resumed = self._output.resume_from and read_adapter(self._output.resume_from, model)
         apply_tensor_parallel(model, self._mesh.tensor)
         apply_expert_parallel(model, self._mesh.expert)
         if params.compile:
@@ -200,7 +202,6 @@ class LoRAFinetuneRecipe:
         allocate_lora(model, device=self._device, dtype=self._param_dtype)
         seed_everything(self.state.seed)
         init_lora(model, self._lora.init)
-        resumed = self._output.resume_from and read_adapter(self._output.resume_from, model)
         if start := resumed or adapters.start:
             fill(model, start, init=self._lora.init)
         quantization = params.base_quantization
@@ -248,7 +249,8 @@ class LoRAFinetuneRecipe:
         self._output.write_config(params, decided | self._batching.as_dict() | self._optimization.decided())
         self.metric_loggers = self._output.open_loggers(params, at_step=self.total_training_steps)
         self._open.callback(self.metric_loggers.close)
-        self._saves = self._open.enter_context(Saves(self._output))
+        saves = Saves(self._output, in_background=params.enable_async_checkpointing)
+        self._saves = self._open.enter_context(saves)
         self._upkeep = Upkeep(
             params,
             self.state,

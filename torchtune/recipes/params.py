@@ -197,6 +197,9 @@ class FinetuneParams:
     save_every_minutes: float | None = Field(default=30.0, gt=0, description="Minutes between checkpoints; null: off.")
     save_every_epoch: bool = Field(default=False, description="A checkpoint at each epoch's end.")
     save_last: bool = Field(default=True, description="A checkpoint at the end.")
+    enable_async_checkpointing: bool = Field(
+        default=False, description="Copy to host memory and write from there while training goes on."
+    )
     keep_last: Count | None = Field(default=2, description="Checkpoints kept, the best besides; null: all.")
     resume_from_checkpoint: bool | str = Field(
         default=False,

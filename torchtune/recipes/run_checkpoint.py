@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -128,6 +129,7 @@ def write_checkpoint(
     }
     held = Held.by(optimization.model, saves.peers, copied=saves.in_background)
     if saves.in_background:
+        kept = copy.deepcopy(kept)
         optimizer_tensors = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer_tensors.items()}
     best = state.best.step
 

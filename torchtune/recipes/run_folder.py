@@ -48,6 +48,7 @@ WITHOUT_EFFECT = frozenset(
         "save_every_minutes",
         "save_every_epoch",
         "save_last",
+        "enable_async_checkpointing",
         "keep_last",
         "save_merged",
     ]
