@@ -35,7 +35,8 @@ def job(tmp_path):
 
     def run(body, *flags):
         script = tmp_path / "job.py"
-        script.write_text(HEADER + 'with process_group("cpu"):\n' + textwrap.indent(textwrap.dedent(body), "    "))
+        groups = [textwrap.indent(textwrap.dedent(part), "    ") for part in body.split("--- the next group ---")]
+        script.write_text(HEADER + "".join(f'with process_group("cpu"):\n{group}\n' for group in groups))
         return start([*flags, script], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     return run
@@ -165,6 +166,20 @@ def test_any_other_end_is_tried_again(job, tmp_path):
     assert "with exit status 1; its message is above; starting all again (1 of 2 restarts left)" in stderr
     assert "rank 0 was ended by SIGKILL; starting all again (0 of 2 restarts left)" in stderr
     assert "gloo" not in stderr
+
+
+@pytest.mark.timeout(120)
+def test_one_group_after_the_other(job, tmp_path):
+    """Several stages in one script: the second group is not told the first one's addresses."""
+    body = """
+    barrier()
+    --- the next group ---
+    barrier()
+    note("met again")
+    """
+    code, stderr = finish(job(body, "--nproc_per_node", "2"))
+    assert code == 0, stderr
+    assert noted(tmp_path) == [["met again"]] * 2
 
 
 @pytest.mark.timeout(120)

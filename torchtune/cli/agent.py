@@ -49,7 +49,7 @@ def launch(config: LaunchConfig, command: Callable[..., Any] | str, arguments: C
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle
     try:
-        handler = get_rendezvous_handler(_rendezvous(config))
+        handler = _handler(config)
         result = _run_agent(_agent(config, handler, command, arguments), handler)
     except SignalException as stop:
         return 128 + stop.sigval
@@ -131,8 +131,8 @@ class Agent(LocalElasticAgent):
                     os.kill(worker.id, number)
 
 
-def _rendezvous(config: LaunchConfig) -> RendezvousParameters:
-    return RendezvousParameters(
+def _handler(config: LaunchConfig) -> RendezvousHandler:
+    parameters = RendezvousParameters(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
         run_id=config.run_id,
@@ -141,6 +141,10 @@ def _rendezvous(config: LaunchConfig) -> RendezvousParameters:
         local_addr=config.local_addr,
         **config.rdzv_configs,
     )
+    try:
+        return get_rendezvous_handler(parameters)
+    except ValueError as error:
+        raise ConfigError(str(error), where="command line") from error
 
 
 def _not_met(config: LaunchConfig, how: str) -> ConfigError:

@@ -29,6 +29,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
 
+_num_groups = 0  # that this process has begun
 _planned: int | None = None  # ranks that a launcher is about to start
 
 
@@ -86,32 +87,56 @@ def init_process_group(backend: str | None = None, device: torch.device | None =
         logger.info("backend 'nccl' needs a CUDA device; this run is on the CPU and uses gloo")
     elif backend is not None:
         chosen = backend
+    cuda_device = own_cuda_device(device.index if device else None) if "nccl" in chosen else None
     store, this_rank, num_ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The agent keeps this store over restarts, and in it the addresses of ranks that are gone.
-        store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.PrefixStore(_group_name(), store)
     dist.init_process_group(
         chosen,
         store=store,
         rank=this_rank,
         world_size=num_ranks,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=_own_cuda_device() if "nccl" in chosen else None,
+        device_id=cuda_device,
     )
     failures.watch(dist.PrefixStore("failures", store))
     return True
 
 
-def _own_cuda_device() -> torch.device:
-    """The CUDA device of the local rank, made the current one, so that no process takes memory on another's."""
-    if local_rank() >= torch.cuda.device_count():
+def _group_name() -> str:
+    """A name for this group's entries in the store, which may hold those of earlier ones, and of ranks that are gone."""
+    global _num_groups
+    _num_groups += 1
+    # An agent that shares its store keeps it over restarts.
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if is_agents else ""
+    return f"attempt_{attempt}/group_{_num_groups}"
+
+
+def own_cuda_device(index: int | None = None) -> torch.device:
+    """The CUDA device of this process, made the current one, so that it takes no memory on another's.
+
+    Args:
+        index: by default the local rank.
+    Raises:
+        ConfigError: there is no such device, or under a launcher it is not the local rank's.
+    """
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_devices == 0:
+        raise ConfigError("'cuda' was asked for, but this machine has no CUDA device; use device=cpu", key="device")
+    index = local_rank() if index is None else index
+    if local_rank() and index != local_rank():
         raise ConfigError(
-            f"local rank {local_rank()} has no CUDA device: this machine has {torch.cuda.device_count()}; start at "
-            "most one process for each (--nproc_per_node), or set device=cpu",
+            f"'cuda:{index}' is not the device of local rank {local_rank()}; device=cuda gives each rank its own",
             key="device",
         )
-    torch.cuda.set_device(local_rank())
-    return torch.device("cuda", local_rank())
+    if index >= num_devices:
+        raise ConfigError(
+            f"'cuda:{index}' was asked for, but there are {num_devices} CUDA devices; start at most one process for "
+            "each (--nproc_per_node)",
+            key="device",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchtune.distributed.process_group import local_rank
+from torchtune.distributed.process_group import own_cuda_device
 from torchtune.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def get_device(device: str | torch.device | None = None) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"'{device}' is no device; use cpu, cuda, cuda:N or mps", key="device") from error
     if chosen.type == "cuda":
-        return _cuda_device(chosen)
+        return own_cuda_device(chosen.index)
     if chosen.type != "cpu" and not getattr(torch, chosen.type, _NoDevice).is_available():
         raise ConfigError(f"'{device}' was asked for, but this machine has none; use device=cpu", key="device")
     return chosen
@@ -35,19 +35,3 @@ class _NoDevice:
     @staticmethod
     def is_available() -> bool:
         return False
-
-
-def _cuda_device(chosen: torch.device) -> torch.device:
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_devices == 0:
-        raise ConfigError("'cuda' was asked for, but this machine has no CUDA device; use device=cpu", key="device")
-    index = chosen.index if chosen.index is not None else local_rank()
-    if local_rank() and index != local_rank():
-        raise ConfigError(
-            f"'{chosen}' is not the device of local rank {local_rank()}; device=cuda gives each rank its own",
-            key="device",
-        )
-    if index >= num_devices:
-        raise ConfigError(f"'cuda:{index}' was asked for, but there are {num_devices} CUDA devices", key="device")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
