@@ -7,17 +7,16 @@ tokens in float32: none 126 MiB, 0.99 s; full 13 MiB, 1.32 s; every second layer
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from torchtune.errors import Problems
 from torchtune.training.offloading import HostMemory, offload_inputs
-from torchtune.training.selective_checkpointing import KeepWhatCosts
+from torchtune.training.selective_checkpointing import keep_what_costs
 
 Mode = Literal["full", "selective"]
 Option = int | Literal["op"]
@@ -61,7 +60,7 @@ def apply_activation_checkpointing(
     Args:
         mode: `full`, every layer keeps its input alone; `selective`, as `option` says.
         option: every how many layers one keeps its input alone, the first one does; or `op`: all keep the results of
-            operators that cost much for their size too (`KeepWhatCosts`).
+            operators that cost much for their size too (`keep_what_costs`).
         offload: the inputs are kept in the host's memory.
     """
     by_operator = mode == "selective" and option == "op"
@@ -76,14 +75,7 @@ def apply_activation_checkpointing(
             layer.forward,
             use_reentrant=False,
             preserve_rng_state=has_dropout,
-            context_fn=_keep_what_costs if by_operator else noop_context_fn,
+            context_fn=keep_what_costs if by_operator else noop_context_fn,
         )
         if host is not None:
             layer.forward = partial(offload_inputs, host, layer.forward)
-
-
-def _keep_what_costs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    # Mutation of what is kept is the policy's to judge: torch would refuse a low-rank update that is added in place.
-    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
-    contexts = create_selective_checkpoint_contexts(KeepWhatCosts(), allow_cache_entry_mutation=True)
-    return contexts

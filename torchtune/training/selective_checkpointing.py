@@ -10,11 +10,13 @@ computed again as well. They are most of the memory and, of a dense layer, about
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from torchtune.errors import UnsupportedError
 
@@ -34,40 +36,79 @@ ATTENTION = {
 ATTENTION_NAMES = {"torch_attn::_varlen_attn"}
 # What was summed over ranks costs a wait for them, not only a computation.
 SUMS_NAMES = {"_c10d_functional::reduce_scatter_tensor", "_c10d_functional::all_reduce"}
+# By the operator that made them, in its order.
+Results = dict[torch._ops.OpOverload, list[Any]]
 
 
-class KeepWhatCosts:
-    """The policy of one forward of a layer, for `torch.utils.checkpoint.create_selective_checkpoint_contexts`.
+def keep_what_costs() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """What to run a layer's forward under, and what to compute it again under: `checkpoint`'s `context_fn`.
 
-    A result that is kept may be written into afterwards, as the low-rank update is added to a product in place. It is
-    kept as it is then, so what wrote into it must not run again: that counts as kept too.
+    Not torch's own `create_selective_checkpoint_contexts`: it has no place for a result that is written into after it
+    was kept, as a low-rank update is added to a product in place. Here it is kept as it is then, and what wrote into it
+    does not run again.
+    """
+    results: Results = {}
+    return _Keep(results), _Give(results)
+
+
+class _Keep(TorchDispatchMode):
+    """Notes results that are worth it.
 
     Raises:
         UnsupportedError: a kept result was read by an operator that is to run again, and written into later; it would
             read another value then. No block of ours does that.
     """
 
-    def __init__(self) -> None:
-        self._kept = set[int]()
-        self._read = set[int]()
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self._results = results
+        self._kept, self._read = set[int](), set[int]()
 
-    def __call__(
-        self, context: SelectiveCheckpointContext, operator: torch._ops.OpOverload, *args: Any, **kwargs: Any
-    ) -> CheckpointPolicy:
-        if _is_worth_its_memory(operator, args):
-            self._kept |= _memory([context.op_output])
-            return CheckpointPolicy.MUST_SAVE
-        used = _memory([*args, *kwargs.values()]) & self._kept
-        if written := _memory(_written(operator, args, kwargs)) & used:
-            if written & self._read:
-                raise UnsupportedError(
-                    f"{operator} writes into a result that activation checkpointing keeps, after it was read; "
-                    "use ac_option=2, every second layer, in place of op"
-                )
-            return CheckpointPolicy.MUST_SAVE
-        if not operator.is_view:
-            self._read |= used
-        return CheckpointPolicy.PREFER_RECOMPUTE
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if _is_worth_its_memory(func, args):
+            # Apart from the graph, which holds this: else both would live until Python looks for cycles.
+            self._results.setdefault(func, []).append(tree_map_only(Tensor, Tensor.detach, result))
+            self._kept |= _memory([result])
+            return result
+        written = _memory(_written(func, args, kwargs)) & self._kept
+        if written & self._read:
+            raise UnsupportedError(
+                f"{func} writes into a result that activation checkpointing keeps, after it was read; "
+                "use ac_option=2, every second layer, in place of op"
+            )
+        if not written and not func.is_view:
+            self._read |= _memory([*args, *kwargs.values()]) & self._kept
+        return result
+
+
+class _Give(TorchDispatchMode):
+    """Gives the results back, in their order, in place of running what made them."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self._results = results
+        self._given: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_worth_its_memory(func, args):
+            # Held until the layer is done, so that what lies in its memory is it and no later tensor.
+            self._given.append(self._results[func].pop(0))
+            return self._given[-1]
+        written = _written(func, args, kwargs)
+        if written and _memory(written) & _memory(self._given):
+            return written[0]
+        return func(*args, **kwargs)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._given = []
+        super().__exit__(*exception)
 
 
 def _is_worth_its_memory(operator: torch._ops.OpOverload, args: Sequence[Any]) -> bool:
