@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from torchtune.adapters.config import LoRAConfig
-from torchtune.adapters.lora import apply_lora
+from torchtune.adapters.lora import LoRALinear, apply_lora
 from torchtune.distributed.mesh import Axis
 from torchtune.distributed.part import parts
 from torchtune.models.build import build_model
@@ -122,12 +122,17 @@ def check_tensor_parallel_model(config, lora=None, checkpointed=False, compiled=
     return sum(name not in unsplit for name in trained)
 
 
-def check_loaded_is_cut_alike(config):
-    """What is cut out of weights that are there is what would have been read."""
-    whole, loaded = random_model(config), random_model(config)
+def check_loaded_is_cut_alike(config, lora):
+    """What is cut out of weights that are there is what would have been read; what was measured of them is forgotten."""
+    whole, loaded = random_model(config, lora), random_model(config, lora)
+    norms = {name: module.row_norms() for name, module in loaded.named_modules() if isinstance(module, LoRALinear)}
     apply_tensor_parallel(loaded, whole_axis())
-    held = tensors_of(tensor_parallel_model(whole, config))
+    held = tensors_of(tensor_parallel_model(whole, config, lora))
     assert all(torch.equal(tensor, held[name]) for name, tensor in tensors_of(loaded).items())
+    magnitudes = parts(loaded)
+    for name, expected in norms.items():
+        part = magnitudes[f"{name}.lora_magnitude_vector"]
+        assert_same(loaded.get_submodule(name).row_norms(), part.of(expected), f"lengths of the rows of {name}")
 
 
 def refusal_of(config, num_tokens):

@@ -10,11 +10,14 @@ from tests.parallel.same_model import (
     on_meta,
     refusal_of,
 )
-from torchtune.errors import ConfigError
+from torchtune.adapters.lora import LoRALinear
+from torchtune.distributed.mesh import Axis
+from torchtune.errors import ConfigError, UnsupportedError
 from torchtune.models.build import FILES
 from torchtune.modules.feed_forward import FeedForward
 from torchtune.modules.linear import Linear
 from torchtune.modules.losses import LinearCrossEntropy
+from torchtune.parallel.splits import split_outputs
 from torchtune.parallel.tensor_sizes import check_tensor_parallel
 
 
@@ -91,10 +94,21 @@ def test_compiled(two_ranks):
     two_ranks.run(check_tensor_parallel_model, config, None, True, True, timeout_s=200)
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "gpt_oss", "stablelm"])
-def test_a_loaded_model_is_cut_alike(two_ranks, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "lora"),
+    [("phi3", {"targets": ["all-linear"], "use_dora": True}), ("gpt_oss", None), ("stablelm", None)],
+)
+def test_a_loaded_model_is_cut_alike(two_ranks, model_type, lora):
     """Two stretches, gate and up in turn, a row for each head."""
-    two_ranks.run(check_loaded_is_cut_alike, _config(model_type, qk_layernorm=True))
+    two_ranks.run(check_loaded_is_cut_alike, _config(model_type, qk_layernorm=True), lora)
+
+
+def test_a_pissa_adapter_is_not_split_once_loaded():
+    """What its matrices began as would stay whole."""
+    layer = LoRALinear(Linear(4, 4), rank=2, scale=1.0)
+    layer.initial = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+    with pytest.raises(UnsupportedError, match="before"):
+        split_outputs(layer, Axis(2))
 
 
 def test_tokens_that_can_not_be_shared(two_ranks):

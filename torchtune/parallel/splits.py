@@ -126,11 +126,11 @@ def split_outputs(layer: nn.Module, axis: Axis, *, stretches: Sequence[int] = ()
     Args:
         stretches: numbers of outputs that lie one after the other and are shared each for itself, as gate and up.
     """
+    _prepare(layer)
     assert isinstance(layer, Linear | Conv1D | LoRALinear)
     _split(layer, "weight", 1 if layer.transposed else 0, axis, stretches)
     _split(layer, "bias", 0, axis, stretches)
     if isinstance(layer, LoRALinear):
-        _prepare(layer)
         _split(layer.lora_B, "weight", 0, axis, stretches)
         _split(layer, "lora_magnitude_vector", 0, axis, stretches)
     layer.out_features = layer.weight.shape[1 if layer.transposed else 0]
@@ -138,17 +138,19 @@ def split_outputs(layer: nn.Module, axis: Axis, *, stretches: Sequence[int] = ()
 
 def split_inputs(layer: nn.Module, axis: Axis) -> None:
     """Each rank some of the inputs of a linear layer; the ranks' outputs are to be added up, bias included."""
+    _prepare(layer)
     assert isinstance(layer, Linear | Conv1D | LoRALinear)
     _split(layer, "weight", 0 if layer.transposed else 1, axis)
     if isinstance(layer, LoRALinear):
-        _prepare(layer)
         _split(layer.lora_A, "weight", 1, axis)
         layer.input_axis = axis
     layer.bias_share = 1 / axis.size
     layer.in_features = layer.weight.shape[0 if layer.transposed else 1]
 
 
-def _prepare(layer: LoRALinear) -> None:
+def _prepare(layer: nn.Module) -> None:
+    if not isinstance(layer, LoRALinear):
+        return
     if layer.initial is not None:
         raise UnsupportedError(
             "this PiSSA adapter's weights are loaded and can't be split any more; apply tensor parallelism before "
