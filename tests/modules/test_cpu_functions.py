@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchtune.modules.attend import Scores, attend
+from torchtune.modules.attend import Scores, attend, hide_from_compiler
 from torchtune.modules.documents import Documents
 from torchtune.modules.feed_forward import FeedForward
 from torchtune.modules.linear import Linear
@@ -110,6 +110,19 @@ def test_a_document_is_unchanged_by_its_neighbours():
         tensor[:20] = 7.0
         tensor[27:] = -7.0
     assert torch.equal(attend(*changed, Documents.from_lengths([20, 7, 33]), Scores(0.3))[20:27], packed[20:27])
+
+
+@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, 5), Scores(0.3, chunk=7), Scores(0.3, softcap=2.0)])
+def test_attention_is_not_compiled_anew_for_other_lengths(scores):
+    """Each batch has others."""
+    hide_from_compiler()
+    compiled = torch.compile(lambda *args: attend(*args, scores), dynamic=True, backend="eager")
+    q, k, v = leaves(60, 4, 2, torch.float32)
+    with torch.no_grad():
+        compiled(q, k, v, Documents.from_lengths([20, 7, 33]))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found = compiled(q, k, v, Documents.from_lengths([5, 55]))
+        assert found.equal(attend(q, k, v, Documents.from_lengths([5, 55]), scores))
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 64])

@@ -1,13 +1,18 @@
-"""Attention within documents: one operator over their boundaries."""
+"""Attention within documents: one operator over their boundaries.
+
+Where ranks share the tokens, each has its own queries, and the keys and values of all are gathered first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtune.distributed.collectives import gather
 from torchtune.modules.cpu_attention import attend_on_cpu
 from torchtune.modules.documents import Documents
 from torchtune.modules.kv_cache import LayerCache
@@ -57,16 +62,45 @@ def attend(
             keys, values = cache.extend(index, k[start:end], v[start:end])
             parts.append(_attend_one(q[start:end], keys, values, scores, sinks))
         return torch.cat(parts)
-    if scores.softcap is not None or (sinks is not None and q.device.type != "cpu"):
-        parts = [
-            _attend_one(q[start:end], k[start:end], v[start:end], scores, sinks) for start, end in documents.bounds
-        ]
-        return torch.cat(parts)
+    is_plain = scores.chunk is None and scores.softcap is None and sinks is None and documents.split is None
+    if is_plain and q.device.type == "cuda":
+        return _attend_varlen(q, k, v, documents, documents, scores)
+    return _by_length(q, k, v, documents, scores, sinks)
+
+
+def _attend_by_length(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores, sinks: Tensor | None
+) -> Tensor:
+    """`attend` where the host must know the lengths."""
     if scores.chunk is not None:
         documents = documents.chunked(scores.chunk)
+    keys = documents  # the tokens of each document are the last of its keys
+    if documents.split is not None:
+        keys, places = documents.seen(scores.window)
+        both = gather(torch.cat((k, v), dim=1), documents.split.axis)  # [size T, 2 K, H], in one collective
+        # What two stretches of a document see is there twice, so that each finds its keys in one piece.
+        k, v = both.index_select(0, places).chunk(2, dim=1)
+    if scores.softcap is not None or (sinks is not None and q.device.type != "cpu"):
+        parts = [
+            _attend_one(q[start:end], k[first:last], v[first:last], scores, sinks)
+            for (start, end), (first, last) in zip(documents.bounds, keys.bounds, strict=True)
+        ]
+        return torch.cat(parts)
     if q.device.type == "cuda":
-        return _attend_varlen(q, k, v, documents, scores)
-    return attend_on_cpu(q, k, v, documents, scores.scale, scores.window, sinks)
+        return _attend_varlen(q, k, v, documents, keys, scores)
+    return attend_on_cpu(q, k, v, documents, keys, scores.scale, scores.window, sinks)
+
+
+_by_length: Callable[..., Tensor] = _attend_by_length
+
+
+def hide_from_compiler() -> None:
+    """Keep torch.compile out of what would be compiled anew for other lengths.
+
+    Not at import, where loading dynamo would cost a second.
+    """
+    global _by_length
+    _by_length = torch.compiler.disable(_attend_by_length)
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor | None) -> Tensor:
@@ -117,14 +151,24 @@ def _attend_by_products(
     return torch.einsum("kgnm,mkh->nkgh", weights.to(q.dtype), v).flatten(1, 2)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores) -> Tensor:
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Documents, scores: Scores) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     group = q.shape[1] // k.shape[1]
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    cu_seqlens, longest = documents.cu_seqlens, documents.max_length
     reach = (-1, 0) if scores.window is None else (scores.window - 1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scores.scale, window_size=reach)
+    # Fewer queries than keys are taken to be the last ones (the kernel aligns its mask at the bottom right).
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        documents.cu_seqlens,
+        keys.cu_seqlens,
+        documents.max_length,
+        keys.max_length,
+        scale=scores.scale,
+        window_size=reach,
+    )
     assert isinstance(out, Tensor)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torchtune.modules.cpu_attention import hide_from_compiler
+from torchtune.modules.attend import hide_from_compiler
 
 
 def apply_compile(layers: nn.ModuleList) -> None:
