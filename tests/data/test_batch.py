@@ -73,7 +73,27 @@ def test_a_dummy_batch_counts_nothing():
     assert (batch.num_trained, batch.num_tokens, batch.sources, batch.rows) == (0, 0, (), ())
     assert batch.labels.tolist() == [-100]
     assert batch.documents.lengths == (1,)
+    assert batch.documents.num_real == 0
     assert len(batch.input_ids) == 1
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 7, 64])
+def test_padding_is_one_dummy_document_that_counts_nothing(multiple):
+    batch = collate(random_rows(2))
+    padded = batch.padded_to(multiple)
+    num_tokens = len(batch.input_ids)
+    num_dummy = len(padded.input_ids) - num_tokens
+    assert len(padded.input_ids) % multiple == 0
+    assert num_dummy < multiple
+    assert padded.input_ids[:num_tokens].equal(batch.input_ids)
+    assert padded.labels.tolist() == batch.labels.tolist() + [-100] * num_dummy
+    assert padded.documents.positions.tolist() == batch.documents.positions.tolist() + list(range(num_dummy))
+    assert padded.documents.cu_seqlens.diff().tolist() == list(padded.documents.lengths)
+    assert sum(padded.documents.lengths) == len(padded.input_ids)
+    assert padded.documents.num_dummy == num_dummy
+    assert (padded.num_trained, padded.num_tokens) == (batch.num_trained, batch.num_tokens)
+    assert padded.trained.equal(batch.trained)
+    assert len(padded.documents.lengths) - len(batch.documents.lengths) == (1 if num_dummy else 0)
 
 
 def test_moving_a_batch_moves_all_of_it():

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from torchtune.data.batch import collate
+from torchtune.data.sample import Sample
 from torchtune.models.build import build_model
 from torchtune.modules.moe import (
     Experts,
@@ -25,6 +28,17 @@ from torchtune.modules.stored import as_in_model, as_stored, fit_layouts, stored
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 
 E, D, F, T, K = 5, 6, 4, 11, 2
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 5.0,
+}
 
 
 def random_experts(**options):
@@ -167,18 +181,7 @@ def test_experts_lie_apart_or_stacked_in_a_checkpoint():
 
 def test_nothing_of_the_routers_is_kept_after_a_step():
     """Not by a layer that is computed again in the backward pass, nor by a forward without labels."""
-    config = {
-        "model_type": "mixtral",
-        "vocab_size": 11,
-        "hidden_size": 8,
-        "intermediate_size": 4,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "output_router_logits": True,
-        "router_aux_loss_coef": 5.0,
-    }
-    model = build_model(config)
+    model = build_model(MIXTRAL)
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     ids = torch.arange(10)[None]
     model(ids)
@@ -191,3 +194,31 @@ def test_nothing_of_the_routers_is_kept_after_a_step():
     model(ids, labels=ids).backward()
     torch.testing.assert_close(mixtures[0].gate.weight.grad, expected)
     assert all(moe.router_logits is None for moe in mixtures)
+
+
+def test_dummies_do_not_count_in_the_routers_loss():
+    """The same loss and gradients as without them: they are tokens of no document."""
+    model = build_model(MIXTRAL).double()
+    rng = np.random.default_rng(0)
+    made = [Sample(rng.integers(0, 11, n, np.int32), np.arange(n) > 0, "made.jsonl:1", 0) for n in (6, 9)]
+    batch = collate([made])
+
+    def gradients(batch):
+        model.zero_grad()
+        loss = model(batch.input_ids, batch.documents, labels=batch.labels, trained=batch.trained)
+        loss.backward()
+        return [loss, *(parameter.grad for parameter in model.parameters())]
+
+    assert len(batch.padded_to(32).input_ids) == 32
+    for one, other in zip(gradients(batch.padded_to(32)), gradients(batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_batch_of_dummies_has_no_routers_loss():
+    """And still a gradient, of zeros, for each parameter."""
+    model = build_model(MIXTRAL)
+    batch = collate([])
+    loss = model(batch.input_ids, batch.documents, labels=batch.labels, trained=batch.trained)
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())

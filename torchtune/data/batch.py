@@ -7,17 +7,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune.data.sample import Sample
 from torchtune.modules.documents import Documents
 
 NOT_TRAINED = -100
+DUMMY_ID = 0
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch. T: its tokens, all documents together.
+
+    Dummies may stand behind the tokens, where their number must be a multiple of something: they predict nothing and
+    count nowhere.
 
     Attributes:
         input_ids: the tokens, int64 [T].
@@ -27,7 +32,7 @@ class Batch:
             costs no wait for a device.
         documents: where each document begins, and its positions.
         num_trained: labels that are not -100.
-        num_tokens: tokens of the data; 0 for a dummy batch.
+        num_tokens: tokens of the data, without dummies.
         sources: where each document comes from, `chats.jsonl:12`.
         rows: the data set's row of each document.
     """
@@ -51,6 +56,18 @@ class Batch:
             labels=self.labels.to(device, non_blocking=non_blocking),
             trained=self.trained.to(device, non_blocking=non_blocking),
             documents=self.documents.to(device),
+        )
+
+    def padded_to(self, multiple: int) -> Batch:
+        """The same batch with dummies behind, so that its tokens are a multiple of so many."""
+        num_dummy = -len(self.input_ids) % multiple
+        if num_dummy == 0:
+            return self
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, num_dummy), value=DUMMY_ID),
+            labels=F.pad(self.labels, (0, num_dummy), value=NOT_TRAINED),
+            documents=self.documents.padded(num_dummy),
         )
 
 
@@ -83,10 +100,10 @@ def collate(rows: Sequence[Sequence[Sample]]) -> Batch:
 
 def _dummy_batch() -> Batch:
     return Batch(
-        input_ids=torch.zeros(1, dtype=torch.int64),
+        input_ids=torch.full((1,), DUMMY_ID),
         labels=torch.full((1,), NOT_TRAINED),
         trained=torch.empty(0, dtype=torch.int64),
-        documents=Documents.from_lengths([1]),
+        documents=Documents.from_lengths([]).padded(1),
         num_trained=0,
         num_tokens=0,
         sources=(),

@@ -91,10 +91,13 @@ class Decoder(Block):
 
     def _check_lengths(self, documents: Documents, cache: KVCache | None) -> None:
         """Refuse what there are no positions for, and a cache whose keys were turned by other frequencies."""
-        seen = [0] * len(documents.lengths) if cache is None else cache.lengths
+        lengths = documents.whole_lengths
+        seen = [0] * len(lengths) if cache is None else cache.lengths
         if cache is not None:
-            cache.check(documents.lengths)
-        for index, (before, new) in enumerate(zip(seen, documents.lengths, strict=True)):
+            if documents.split is not None:
+                raise ValueError("tokens that are split over ranks can't be decoded with a cache; give whole documents")
+            cache.check(lengths)
+        for index, (before, new) in enumerate(zip(seen, lengths, strict=True)):
             if self.has_learned_positions and before + new > self.embed_positions.num_embeddings:
                 raise ValueError(
                     f"document {index} has {before + new} tokens, and the model has learnt "
@@ -108,7 +111,9 @@ class Decoder(Block):
 
     def _angles(self, documents: Documents, dtype: torch.dtype, cache: KVCache | None) -> list[RotaryAngles | None]:
         """Those of each layer; layers with the same frequencies share them."""
-        reached = None if cache is None else [a + b for a, b in zip(cache.lengths, documents.lengths, strict=True)]
+        reached: Sequence[int] = documents.reached
+        if cache is not None:
+            reached = [before + new for before, new in zip(cache.lengths, reached, strict=True)]
         made: dict[RotaryEmbedding, RotaryAngles] = {}
         for rotary in self.rotary:
             if rotary is not None and rotary not in made:
@@ -245,7 +250,7 @@ class CausalLM(Block):
         options = {"softcap": self.logit_softcap, "bias": self.head_bias, "low_rank": self._head_update(hidden)}
         given = {name: option for name, option in options.items() if option is not None}
         total = (loss or LinearCrossEntropy())(hidden, self.head_weight, labels[trained], **given)
-        return total if self.router_loss is None else total + self._router_loss() * len(trained)
+        return total if self.router_loss is None else total + self._router_loss(documents) * len(trained)
 
     def _head_update(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """hidden [N, D] -> u [N, r] and b [V, r], whose product is added to the logits, where the head has an update."""
@@ -259,14 +264,16 @@ class CausalLM(Block):
         starts = cache.lengths if cache else None
         return Documents.from_lengths([num_tokens] * num_rows, starts=starts, device=input_ids.device)
 
-    def _router_loss(self) -> Tensor:
-        """The load-balancing loss of the last forward, weighted; it counts once a trained token."""
+    def _router_loss(self, documents: Documents) -> Tensor:
+        """The load-balancing loss of the last forward, weighted; it counts once a trained token, and no dummies."""
         assert self.router_loss is not None
         weight, top_k = self.router_loss
-        kept = [moe.router_logits for moe in self._mixtures() if moe.router_logits is not None]
+        logits = [moe.router_logits for moe in self._mixtures() if moe.router_logits is not None]
+        kept = [of_layer[: documents.num_real] for of_layer in logits]
         for moe in self._mixtures():
             moe.router_logits = None
-        return weight * load_balancing_loss(kept, top_k=top_k)
+        axis = None if documents.split is None else documents.split.axis
+        return weight * load_balancing_loss(kept, top_k=top_k, axis=axis)
 
     def _keep_router_logits(self, keep: bool) -> None:
         for moe in self._mixtures():

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtune.distributed.collectives import sum_both_ways
+from torchtune.distributed.mesh import Axis
 from torchtune.modules.activations import ACTIVATIONS
 from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.naming import Block
@@ -333,18 +335,24 @@ class MoE(Block):
         return out + (torch.sigmoid(self.shared_expert_gate(x)) * shared if self.has_shared_gate else shared)
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], *, top_k: int) -> Tensor:
+def load_balancing_loss(router_logits: Sequence[Tensor], *, top_k: int, axis: Axis | None = None) -> Tensor:
     """How unevenly experts are used: E times the sum over experts of their share of choices and of probability.
 
-    It is k where all are used alike. Source: Fedus et al., 2021 (arXiv:2101.03961), equations 4 to 6.
+    It is k where all are used alike, and 0 where there is no token. Source: Fedus et al., 2021 (arXiv:2101.03961),
+    equations 4 to 6.
 
     Args:
         router_logits: [T, E] of each layer.
+        axis: ranks that each have some of the tokens, if several do; the loss is that of all, on each of them.
     Returns:
         A scalar.
     """
     probabilities = torch.cat(list(router_logits)).softmax(-1)  # [L T, E]
     num_experts = probabilities.shape[-1]
     chosen = probabilities.topk(top_k, dim=-1).indices
-    share = torch.bincount(chosen.flatten(), minlength=num_experts) / len(probabilities)
-    return num_experts * (share * probabilities.mean(0)).sum()
+    num_chosen = torch.bincount(chosen.flatten(), minlength=num_experts).to(probabilities.dtype)
+    num_rows = num_chosen.new_full((1,), len(probabilities))
+    sums = torch.cat((num_chosen, probabilities.sum(0), num_rows))
+    sums = sums if axis is None else sum_both_ways(sums, axis)
+    shares = sums[:-1] / sums[-1].clamp(min=1)
+    return num_experts * (shares[:num_experts] * shares[num_experts:]).sum()
