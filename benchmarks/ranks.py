@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +25,10 @@ from pathlib import Path
 
 import torch
 from chat_rows import write_rows
+from safetensors.torch import save_file
 from sft_vs_trl import cpu_name, float32_checkpoint
+
+from torchtune.models.build import build_model
 
 HERE = Path(__file__).parent
 SKIPPED_STEPS = 1  # first allocations; FSDP also lays out its parameters
@@ -48,6 +52,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all ranks together, on the CPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", type=Path, help="a checkpoint folder; by default the quickstart's")
+    parser.add_argument(
+        "--heads", type=int, help="take random weights of its sizes with so many, for tensor parallelism"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=512)
@@ -61,12 +68,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model = options.model or float32_checkpoint(work / "SmolLM2-135M-Instruct")
+        if options.heads:
+            model = with_other_heads(model, work / "other-heads", options.heads)
         rows, _ = write_rows(work, options.rows)
         for number in range(options.rounds):
             for index, name in enumerate(schemes):
                 seconds[name] += seconds_per_token(work / f"{number}-{index}", name, model, rows, options)
                 print(f"round {number + 1}, {name}: {1 / min(seconds[name]):.0f} tokens/s", flush=True)
     report(seconds, options)
+
+
+def with_other_heads(source: Path, target: Path, num_heads: int) -> Path:
+    """A random model of the same width and depth, with a key head for each two of its heads."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"num_attention_heads": num_heads, "num_key_value_heads": num_heads // 2}
+    config["head_dim"] = config["hidden_size"] // num_heads
+    (target / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = build_model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.02)
+    for file in target.glob("*.safetensors*"):
+        file.unlink()
+    save_file(dict(model.named_parameters()), target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def seconds_per_token(out: Path, name: str, model: Path, rows: Path, options: argparse.Namespace) -> list[float]:
@@ -94,6 +120,7 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None
     device = f"{cpu_name()}, {options.threads} threads" if on_cpu else torch.cuda.get_device_name()
     per = 1 if on_cpu else options.ranks
     title = options.model.name if options.model else "SmolLM2-135M-Instruct"
+    title += f" with {options.heads} heads" if options.heads else ""
     lines = [
         f"# {title} on {options.ranks} ranks against one, {datetime.date.today()}",
         "",
