@@ -10,6 +10,7 @@ from torch import Tensor
 from torchtune.adapters.adapter import adapter_of, layer_of, lies_transposed
 from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.config import LoRAConfig
+from torchtune.distributed.part import local
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.packed import PackedWeight, unpacked
 
@@ -43,7 +44,7 @@ class MergedWeights:
 
     def needs_held(self, name: str) -> bool:
         """Whether what the model holds under a name is asked for, and not what its base has there."""
-        return name not in self._frozen or isinstance(self._frozen[name], PackedWeight)
+        return name not in self._frozen or self._is_packed(name)
 
     @torch.no_grad()
     def __call__(self, name: str, held: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class MergedWeights:
         if name not in self._frozen:
             return held.detach()
         layer = layer_of(self._model, name)
-        if isinstance(self._frozen[name], PackedWeight):
+        if self._is_packed(name):
             weight = unpacked(held, torch.float64) if isinstance(held, PackedWeight) else held.double()
             update = self._as_trained.get(layer)  # what PiSSA trains stands beside what is quantised
         else:
@@ -60,3 +61,6 @@ class MergedWeights:
             return weight
         weight = weight.to(device=update.a.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         return update.merge_into(weight, transposed=lies_transposed(self._model, name))
+
+    def _is_packed(self, name: str) -> bool:
+        return isinstance(local(self._frozen[name]), PackedWeight)

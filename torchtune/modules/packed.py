@@ -19,12 +19,14 @@ class PackedWeight(Tensor):
     An interface: the kinds are in torchtune/quantization. A layer never keeps what it unpacked, for the backward
     pass it is unpacked again. A stack of matrices [E, ., .] is unpacked matrix by matrix: `weight[e].dense(dtype)`.
 
-    It moves between devices and is copied like any parameter, and torch.compile traces it. Whatever else is asked
-    of it is refused: to be unpacked unnoticed is what it is there to prevent.
+    It moves between devices and is copied like any parameter, torch.compile traces it, and FSDP shares it among ranks
+    and gathers it packed. Whatever else is asked of it is refused: to be unpacked unnoticed is what it is there to
+    prevent.
 
     Args:
         parts: the tensors that it holds, each an attribute. Those of a stack are stacks themselves, of each
-            matrix's part, but for the `shared` ones.
+            matrix's part, but for the `shared` ones. So are those of a matrix that was put together from rows of
+            several ranks, each of whom has packed its own.
         shape: the dense weight's, of 2 dims or 3.
         dtype: the dense weight's; a label, since `dense` is told which one to give.
 
@@ -66,6 +68,47 @@ class PackedWeight(Tensor):
     def held_bytes(self) -> int:
         """What it takes in memory; `nbytes` is what the dense weight would."""
         return sum(getattr(self, name).nbytes for name in self.part_names)
+
+    @property
+    def own_names(self) -> list[str]:
+        """The parts that are this weight's alone."""
+        return [name for name in self.part_names if name not in self.shared]
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[torch.Size, dict[str, Tensor]]]:
+        """What FSDP gathers of the rows that this rank has: their packed parts, as they are.
+
+        Returns:
+            The parts; and for `fsdp_post_all_gather` the shape of all rows together, and what all ranks have.
+        """
+        shared = {name: getattr(self, name) for name in self.part_names if name in self.shared}
+        return tuple(getattr(self, name) for name in self.own_names), (outer_size, shared)
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: Sequence[Tensor],
+        metadata: tuple[torch.Size, dict[str, Tensor]],
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[PackedWeight, tuple[()]] | None:
+        """The weight of all ranks' rows, that lies in what was gathered.
+
+        Args:
+            all_gather_outputs: each part of all ranks, one after the other.
+            out: it was made before, and what was gathered now lies in the same memory: there is nothing to do.
+        """
+        if out is not None:
+            return None
+        shape, shared = metadata
+        gathered = dict[str, Tensor]()
+        for name, of_all in zip(self.own_names, all_gather_outputs, strict=True):
+            own = getattr(self, name).shape
+            # A stack of matrices is a longer stack; a matrix becomes a stack of each rank's rows.
+            gathered[name] = of_all.view(-1, *(own[1:] if self.dim() == 3 else own))
+        parts = {name: gathered[name] if name in gathered else shared[name] for name in self.part_names}
+        return type(self)(parts, shape, param_dtype), ()
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
         """Refused, unless it stays frozen."""
@@ -185,13 +228,51 @@ def _select(weight: PackedWeight, dim: int, index: int) -> PackedWeight:
     """One matrix of a stack."""
     if dim != 0 or weight.dim() != 3:
         raise UnsupportedError(f"{weight!r} is packed and has no rows or columns to take out: unpack it first")
-    own = [name for name in weight.part_names if name not in weight.shared]
-    return weight.with_parts(lambda part: part.select(0, index), names=own, shape=weight.shape[1:])
+    return weight.with_parts(lambda part: part.select(0, index), names=weight.own_names, shape=weight.shape[1:])
 
 
-_OPERATORS: dict[Any, Callable[..., PackedWeight]] = {
+def _view(weight: PackedWeight, shape: Sequence[int]) -> PackedWeight:
+    """As it is, for DTensors; or flat, for FSDP, that keeps it so beside the other and never looks at it."""
+    if list(shape) not in ([-1], list(weight.shape)):
+        raise UnsupportedError(f"{weight!r} is packed and can't become {list(shape)}: unpack it first")
+    return weight.with_parts(Tensor.detach, shape=weight.shape if list(shape) != [-1] else [weight.numel()])
+
+
+def _as_strided(
+    weight: PackedWeight, shape: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> PackedWeight:
+    """As it is: what FSDP asks of all that it has gathered, to cut off what filled the last rank's share."""
+    if (list(shape), list(stride), storage_offset or 0) != (list(weight.shape), list(weight.stride()), 0):
+        raise UnsupportedError(f"{weight!r} is packed and has no view of {list(shape)}: unpack it first")
+    return weight.with_parts(Tensor.detach)
+
+
+def _is_pinned(weight: PackedWeight, device: torch.device | None = None) -> bool:
+    """Whether the device can fetch it from the host without a copy, as FSDP wants of what it offloads."""
+    return all(getattr(weight, name).is_pinned() for name in weight.part_names)
+
+
+def _pin_memory(weight: PackedWeight, device: torch.device | None = None) -> PackedWeight:
+    return weight.with_parts(Tensor.pin_memory)
+
+
+def _slice(
+    weight: PackedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> PackedWeight:
+    """All of it: what FSDP takes of what it has pinned, to leave out what fills the last rank's share."""
+    if (dim, start or 0, step) != (0, 0, 1) or (end is not None and end < len(weight)):
+        raise UnsupportedError(f"{weight!r} is packed and has no rows or columns to take out: unpack it first")
+    return weight.with_parts(Tensor.detach)
+
+
+_OPERATORS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.detach.default: _detach,
     torch.ops.aten.clone.default: _clone,
     torch.ops.aten._to_copy.default: _to_copy,
     torch.ops.aten.select.int: _select,
+    torch.ops.aten.view.default: _view,
+    torch.ops.aten.as_strided.default: _as_strided,
+    torch.ops.aten.is_pinned.default: _is_pinned,
+    torch.ops.aten._pin_memory.default: _pin_memory,
+    torch.ops.aten.slice.Tensor: _slice,
 }

@@ -29,8 +29,9 @@ def apply_fsdp(
     reshard_after_forward: bool = True,
     num_prefetched: int = 0,
     cpu_offload: bool = False,
-    ignored: Collection[str] = (),
-) -> None:
+    packed: Collection[str] = (),
+    block: int = 1,
+) -> list[str]:
     """Shard the model over `mesh.fsdp`, layer by layer; nothing is done where that has one rank. The last transform.
 
     What is sharded are matrices. Vectors (norms, biases) and routers stay whole on each rank: they are a thousandth of
@@ -45,15 +46,20 @@ def apply_fsdp(
             there is less to send and all layers are in memory from one pass to the other.
         num_prefetched: layers that are gathered ahead, besides the one that is computed; on CUDA alone.
         cpu_offload: parameters, gradients and the optimizer's step are in host memory, and visit the device.
-        ignored: names of parameters that stay as they are.
+        packed: names of frozen parameters that will be quantised. Each rank packs its own rows of them, and they are
+            gathered packed.
+        block: so many values of those, one after the other along the rows, are quantised together.
+    Returns:
+        Those of `packed` that stay whole on each rank: their rows can't be shared out evenly, or not between blocks.
     """
     if mesh.fsdp is None:
-        return
+        return []
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     if dtype == torch.float64:
         reduce_dtype = dtype  # who computes in it would lose it all in the sum
-    kept = _kept_whole(model) | {model.get_parameter(name) for name in ignored}
+    whole = [name for name in packed if not _divides(model.get_parameter(name), _num_shards(model, name, mesh), block)]
+    kept = _kept_whole(model) | {model.get_parameter(name) for name in whole}
     common = {
         # Activations have their type from the embedding on; integers must not be cast.
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False),
@@ -80,6 +86,7 @@ def apply_fsdp(
     for index, layer in enumerate(layers if num_prefetched else ()):
         layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + num_prefetched])
         layer.set_modules_to_backward_prefetch(layers[max(index - num_prefetched, 0) : index][::-1])
+    return [name for name in whole if _num_shards(model, name, mesh) > 1]
 
 
 def reshard(model: nn.Module) -> None:
@@ -93,6 +100,23 @@ def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
         from torch.distributed.fsdp import FSDPModule
 
         yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _num_shards(model: nn.Module, name: str, mesh: Mesh) -> int:
+    """How many ranks share a matrix, of what tensor and expert parallelism have left of it."""
+    is_expert = isinstance(model.get_submodule(name.rpartition(".")[0]), Experts)
+    over = mesh.expert_fsdp if is_expert and mesh.expert.size > 1 else mesh.fsdp
+    assert over is not None
+    return over.size(-1)
+
+
+def _divides(matrix: torch.Tensor, num_shards: int, block: int) -> bool:
+    """Whether packed rows, or matrices of a stack, can be shared out: as FSDP gathers packed ones, and blocks whole.
+
+    A mesh of one rank would gather no more than one part of a packed weight.
+    """
+    is_even = num_shards > 1 and len(matrix) % num_shards == 0
+    return is_even and (matrix.dim() == 3 or matrix.numel() // num_shards % block == 0)
 
 
 def _kept_whole(model: nn.Module) -> set[nn.Parameter]:

@@ -61,8 +61,13 @@ def slabs(matrix: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def as_matrix(blocks: Tensor, weight: PackedWeight) -> Tensor:
-    """Blocks [., size] as the matrix that `weight` is, without what filled the last."""
-    return blocks.view(-1)[: weight.numel()].view(weight.shape)
+    """Blocks [., size] as the matrix that `weight` is, without what filled the last.
+
+    Args:
+        blocks: or [S, ., size], where S ranks have packed as many rows each.
+    """
+    num_shares = 1 if blocks.dim() == 2 else len(blocks)
+    return blocks.reshape(num_shares, -1)[:, : weight.numel() // num_shares].reshape(weight.shape)
 
 
 def check_is_matrix(weight: PackedWeight) -> None:

@@ -46,5 +46,5 @@ class Int4Weight(AffineWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values, rounded once to `dtype`."""
         check_is_matrix(self)
-        codes = torch.cat((self.codes & 15, self.codes >> 4)).view(torch.int8)
+        codes = torch.cat((self.codes & 15, self.codes >> 4), dim=-2).view(torch.int8)
         return as_matrix(dequantize(codes.sub_(self.zero_point), self.scale, dtype), self)

@@ -16,7 +16,7 @@ from torchtune.quantization.int4 import Int4Weight
 from torchtune.quantization.int8 import Int8Weight
 from torchtune.quantization.nf4 import NF4Weight
 
-KINDS = ("nf4", "int8", "int4")
+KINDS: dict[str, type[NF4Weight | Int8Weight | Int4Weight]] = {"nf4": NF4Weight, "int8": Int8Weight, "int4": Int4Weight}
 
 
 def packer(
@@ -38,7 +38,7 @@ def packer(
         return partial(NF4Weight.pack, double_quantization=double_quantization)
     if kind in ("int8", "int4"):
         libraries.torchao(f"{key} {kind}")
-        return Int8Weight.pack if kind == "int8" else Int4Weight.pack
+        return KINDS[kind].pack
     raise ConfigError(f"there is no quantisation '{kind}'{did_you_mean(kind, KINDS)}", key=key)
 
 

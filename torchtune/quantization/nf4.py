@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune.modules.packed import PackedWeight
@@ -56,18 +57,25 @@ class NF4Weight(PackedWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The values, rounded once to `dtype`."""
         check_is_matrix(self)
-        absmax = self.absmax
-        if absmax.dtype == torch.uint8:
-            above_mean = torch.ops.bitsandbytes.dequantize_blockwise(
-                absmax, self.absmax_scale, self.absmax_code, ABSMAX_BLOCK, torch.float32
-            )
-            absmax = above_mean + self.absmax_mean
         # float32 is the widest that the library gives, and what it computes in.
         given = torch.float32 if dtype == torch.float64 else dtype
         # A matrix of blocks: for rows of an odd length it has no kernel.
-        shape = (self.codes.shape[0], BLOCK)
-        blocks = torch.ops.bitsandbytes.dequantize_4bit(self.codes, absmax, BLOCK, "nf4", shape, given)
-        return as_matrix(blocks, self).to(dtype)
+        codes, absmax = self.codes.flatten(0, -2), self._magnitudes().flatten()
+        shape = (len(codes), BLOCK)
+        blocks = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, given)
+        return as_matrix(blocks.view(*self.codes.shape[:-1], BLOCK), self).to(dtype)
+
+    def _magnitudes(self) -> Tensor:
+        """absmax in float32, dequantised where it was quantised."""
+        if self.absmax.dtype != torch.uint8:
+            return self.absmax
+        num = self.absmax.shape[-1]
+        # Shares of several ranks are filled up to whole blocks, so that they can lie one after the other.
+        codes = F.pad(self.absmax, (0, -num % ABSMAX_BLOCK))
+        above_mean = torch.ops.bitsandbytes.dequantize_blockwise(
+            codes, self.absmax_scale, self.absmax_code, ABSMAX_BLOCK, torch.float32
+        )
+        return (above_mean + self.absmax_mean[..., None])[..., :num]
 
 
 def _pack(matrix: Tensor, *, double_quantization: bool) -> dict[str, Tensor]:

@@ -124,6 +124,16 @@ def tell_carried_path(checkpoint: Checkpoint) -> None:
         say(f"config.json keeps the base's _name_or_path, {named}: a path of the machine that the base was saved on")
 
 
+def tell_kept_whole(names: Sequence[str], num_packed: int) -> None:
+    """Say so where quantised weights are on every rank, of which each was to have a share."""
+    if names:
+        say(
+            f"{len(names)} of {num_packed} quantised weights can't be shared out among the ranks of data_parallel_shard, "
+            f"by rows or experts and between blocks, and are whole on each ('{names[0]}'); a number of ranks that "
+            "divides them would save that memory"
+        )
+
+
 def fingerprint(checkpoint: Checkpoint, frozen_adapters: Sequence[str] = ()) -> str:
     """Tells whether a run stands on the same weights: all names and shapes, small tensors whole, adapters whole.
 

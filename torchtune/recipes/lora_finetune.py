@@ -45,7 +45,7 @@ from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
-from torchtune.quantization.kinds import packable, packer
+from torchtune.quantization.kinds import KINDS, packable, packer
 from torchtune.recipes.adapters import (
     base_name,
     check_adapters,
@@ -54,6 +54,7 @@ from torchtune.recipes.adapters import (
     open_adapters,
     refuse_other_start,
     tell_carried_path,
+    tell_kept_whole,
     tell_local_base,
 )
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
@@ -197,22 +198,22 @@ class LoRAFinetuneRecipe:
                 option=params.ac_option,
                 offload=params.enable_activation_offloading,
             )
-        packed = () if params.base_quantization == "none" else packable(model)
-        apply_fsdp(model, self._mesh, dtype=self._dtype, ignored=packed, **fsdp_options(params))
+        kind = params.base_quantization
+        packed, block = ([], 1) if kind == "none" else (packable(model), KINDS[kind].block)
+        options = fsdp_options(params)
+        whole = apply_fsdp(model, self._mesh, dtype=self._dtype, packed=packed, block=block, **options)
+        tell_kept_whole(whole, len(packed))
         allocate_lora(model, device=self._device, dtype=self._param_dtype)
         seed_everything(self.state.seed)
         init_lora(model, self._lora.init)
         if start := resumed or adapters.start:
             fill(model, start, init=self._lora.init)
-        quantization = params.base_quantization
         self._base = BaseWeights(
             model,
             dtype=self._dtype,
             trained_dtype=self._param_dtype,
             frozen=adapters.frozen,
-            pack=None
-            if quantization == "none"
-            else packer(quantization, double_quantization=params.double_quantization),
+            pack=None if kind == "none" else packer(kind, double_quantization=params.double_quantization),
             packable=packed,
             whole=start.whole if start else {},
             fresh=None if start else self._lora.init,
