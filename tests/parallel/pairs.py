@@ -17,16 +17,21 @@ DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "distributed.md"
 BEGIN, END = "<!-- made by tests/parallel/pairs.py -->\n", "<!-- end -->\n"
 
 LORA = ("lora_rank=4",)
+NUM_RANKS = 4
+# Ranks that read other rows, by scheme; TP and CP share the rest with FSDP.
+DATA_RANKS = {"TP": 2, "CP": 2}
 # For each factor its values, and the keys that give them. The first of each is what one device has, for comparison.
 FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "method": {
         "full": (),
         "LoRA": LORA,
         "DoRA": (*LORA, "use_dora=true"),
-        "QLoRA": (*LORA, "base_quantization=nf4"),
+        # Scales of scales are taken over a rank's share, so they are others on other ranks.
+        "QLoRA": (*LORA, "base_quantization=nf4", "double_quantization=false"),
     },
+    "model": {"dense": (), "mixture": ()},
     "scheme": {
-        "replicate": ("data_parallel_replicate=-1",),
+        "replicate": ("data_parallel_replicate=4",),
         "FSDP": (),
         "HSDP": ("data_parallel_replicate=2",),
         "TP": ("tensor_parallel=2",),
@@ -46,7 +51,16 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
     "saves": {"wait": (), "asynchronous": ("enable_async_checkpointing=true",)},
 }
 # Values that are refused together, by whatever message; a test sees each refused.
-REFUSED: set[frozenset[str]] = set()
+REFUSED = {
+    frozenset(pair)
+    for pair in (
+        ("EP", "dense"),
+        ("by operator", "compiled"),
+        ("in backward", "2"),
+        ("in backward", "replicate"),
+        ("in backward", "TP"),
+    )
+}
 
 Row = dict[str, str]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from torchtune.distributed.part import local
 from torchtune.distributed.process_group import sum_over_ranks, world_size
 from torchtune.errors import TrainingError
 
@@ -94,8 +95,9 @@ def _diagnosis(step: _Pending, losses: list[float], norm: float, model: nn.Modul
     bad = [rows for rows, loss in zip(step.rows, losses, strict=True) if not math.isfinite(loss)]
     named = [row for rows in (bad or step.rows) for row in rows]
     more = f" and {len(named) - MAX_ROWS_NAMED} more" if len(named) > MAX_ROWS_NAMED else ""
+    # This rank's share of it: the other ranks may not be asking.
     parameter = next(
-        (name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())), None
+        (name for name, p in model.named_parameters() if p.grad is not None and not bool(local(p.grad).isfinite().all())), None
     )
     return (
         f"step {step.step}: the summed loss is {sum(losses)} and the gradient norm {norm}; the run stops here and this step "
