@@ -43,7 +43,12 @@ def contents(data):
 def nothing_is_left():
     """Whether no thread or process of a loader is there any more."""
     threads = [thread for thread in threading.enumerate() if thread.name == "torchtune-data"]
-    return not threads and not multiprocessing.active_children()
+    return not threads and not worker_processes()
+
+
+def worker_processes():
+    """Those of loaders; ranks that other tests have started are left out."""
+    return [process for process in multiprocessing.active_children() if process.name == "torchtune-data"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
@@ -55,7 +60,7 @@ def test_the_number_of_workers_changes_nothing(num_workers):
 def test_rows_in_memory_need_no_process():
     steps = iter(loader(MadeSource(LENGTHS), num_workers=2))
     next(steps)
-    assert not multiprocessing.active_children()
+    assert not worker_processes()
     steps.close()
 
 

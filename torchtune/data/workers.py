@@ -168,7 +168,7 @@ class _Worker:
         # Spawned: a fork of a process with running threads may inherit a lock that nobody will release.
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs,), name="torchtune-data", daemon=True)
         self._process.start()
         theirs.close()
         # If the loop is still open when the interpreter ends: before multiprocessing waits for this process.
