@@ -10,6 +10,7 @@ arXiv:2305.14314). docs/lora.md says what each key is for.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from functools import partial
 from operator import attrgetter
@@ -37,6 +38,7 @@ from torchtune.config.strict import STRICT
 from torchtune.data.loader import DataLoader
 from torchtune.data.sampler import RowSampler
 from torchtune.distributed.mesh import Mesh, open_mesh
+from torchtune.distributed.part import parts
 from torchtune.distributed.process_group import process_group
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.models.build import build_model
@@ -242,7 +244,9 @@ class LoRAFinetuneRecipe:
 
     def _setup_observers(self, params: LoRAFinetuneParams) -> None:
         """Loggers, profiler and what else goes on between steps; from here on the run writes."""
-        trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        wholes = parts(self._model)
+        named = self._model.named_parameters()
+        trained = sum(math.prod(wholes[name].whole) for name, parameter in named if parameter.requires_grad)
         decided = {"seed": self.state.seed, "dtype": dtype_name(self._dtype), "trained_parameters": trained}
         tell_local_base(self._checkpoint)
         if params.save_merged:

@@ -97,7 +97,12 @@ def _diagnosis(step: _Pending, losses: list[float], norm: float, model: nn.Modul
     more = f" and {len(named) - MAX_ROWS_NAMED} more" if len(named) > MAX_ROWS_NAMED else ""
     # This rank's share of it: the other ranks may not be asking.
     parameter = next(
-        (name for name, p in model.named_parameters() if p.grad is not None and not bool(local(p.grad).isfinite().all())), None
+        (
+            name
+            for name, p in model.named_parameters()
+            if p.grad is not None and not bool(local(p.grad).isfinite().all())
+        ),
+        None,
     )
     return (
         f"step {step.step}: the summed loss is {sum(losses)} and the gradient norm {norm}; the run stops here and this step "

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,8 @@ def made_from(source: Path, suffix: str, make: Callable[[Path], None]) -> Path:
     target = folder / f"{key}{suffix}"
     if target.exists():
         return target
-    beside = folder / f".{key}.{os.getpid()}{suffix}"
+    # Machines that share the folder have processes of the same number.
+    beside = folder / f".{key}.{uuid.uuid4().hex}{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         make(beside)
