@@ -64,19 +64,17 @@ class Held:
         region = region or Part.all_of(self.parts[name].whole)
         me, shares = self.peers.rank, self._shares(name, region, at)
         if [rank for rank, _ in shares] == [at]:
-            return self.attempt(self._own, name, region, dtype) if me == at else None
+            return self.attempt(self._cast, name, region, dtype) if me == at else None
         dtype = dtype or (torch.float32 if isinstance(self.tensors[name], PackedWeight) else self.tensors[name].dtype)
         whole = torch.empty(region.shape, dtype=dtype) if me == at else None
         for rank, share in shares:
-            if rank == me:
-                own = self.attempt(self._own, name, share, dtype)
-                own = torch.empty(share.shape, dtype=dtype) if own is None else own
-                if whole is None:
-                    self.peers.send(own.contiguous(), at)
-                else:
-                    share.inside(region).put(own, whole)
+            if whole is not None and rank == me:
+                self.attempt(self._put, name, share, region, whole)
             elif whole is not None:
                 self._receive(share.inside(region), whole, rank)
+            elif rank == me:
+                given = self.attempt(self._cast, name, share, dtype)
+                self.peers.send(torch.empty(share.shape, dtype=dtype) if given is None else given.contiguous(), at)
         return whole
 
     def everywhere(self, name: str) -> Tensor:
@@ -102,15 +100,20 @@ class Held:
             )
         return [(rank, share) for share, rank in shares.items()]
 
-    def _own(self, name: str, share: Part, dtype: torch.dtype | None) -> Tensor:
-        held, part = self.tensors[name], self.parts[name]
-        if isinstance(held, PackedWeight):
-            if dtype is None:
-                return held
-            held = unpacked(held, dtype)
-        share = share.inside(part)
-        taken = held if share.is_whole else share.of(held)
-        return taken if dtype is None else taken.to(device="cpu", dtype=dtype)
+    def _own(self, name: str, share: Part) -> Tensor:
+        """What this rank has of a share, as it is held; packed weights dense, in float32."""
+        held = self.tensors[name]
+        held = unpacked(held, torch.float32) if isinstance(held, PackedWeight) else held
+        share = share.inside(self.parts[name])
+        return held if share.is_whole else share.of(held)
+
+    def _cast(self, name: str, share: Part, dtype: torch.dtype | None) -> Tensor:
+        if dtype is None:
+            return self.tensors[name] if share == self.parts[name] else self._own(name, share)
+        return self._own(name, share).to(device="cpu", dtype=dtype)
+
+    def _put(self, name: str, share: Part, region: Part, whole: Tensor) -> None:
+        share.inside(region).put(self._own(name, share), whole)
 
     def _receive(self, place: Part, whole: Tensor, source: int) -> None:
         """Fill a part of `whole` from another rank; rows go straight to their place."""

@@ -184,6 +184,7 @@ class _Writer:
                     before[name] = entry.own_name
                     if file is not None and name == mine:
                         attempt(self._write_one, file, entry, tensor)
+                    del tensor  # one at a time is in memory
         self._made = None
         if file is not None:
             attempt(file.close)

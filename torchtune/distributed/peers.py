@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from torchtune.distributed.process_group import rank, world_size
 from torchtune.errors import RankError
+
+# A rank that is gone is noticed at once; one that writes to a slow disk may take its time.
+PATIENCE = timedelta(hours=6)
 
 Value = TypeVar("Value")
 
@@ -123,7 +127,7 @@ def open_peers() -> Iterator[Peers]:
     if world_size() == 1 or not dist.is_initialized():
         yield Peers()
         return
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield Peers(rank(), world_size(), group)
     finally:
