@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+START_TIMEOUT_S = 180
+
 
 class RankPool:
     """So many ranks, each with one thread. A function that hangs fails its test, and the next one gets new ranks."""
@@ -61,12 +63,19 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        # Ranks that only just begin are not those of a test that hangs: on a busy machine it takes them a minute.
+        for process, pipe in self._workers:
+            if not pipe.poll(START_TIMEOUT_S):
+                self.close()
+                raise AssertionError(f"{process.name} did not begin within {START_TIMEOUT_S} s")
+            pipe.recv()
 
 
 def _work(rank, num_ranks, store, pipe):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    pipe.send("ready")
     while True:
         try:
             function, args = pipe.recv()

@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from tests.models.families import FAMILIES
+from tests.parallel.same_model import assert_same, fill, on_meta, tensors_of, whole_axis
 from torchtune.data.batch import collate
 from torchtune.data.sample import Sample
 from torchtune.distributed.mesh import MeshSizes, open_mesh
+from torchtune.distributed.part import parts
 from torchtune.models.build import build_model
 from torchtune.modules.attend import hide_from_compiler
 from torchtune.parallel.context_parallel import deal_tokens, shard_context
+from torchtune.parallel.expert_parallel import apply_expert_parallel
+from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 
 # Packs of many and of few, fewer tokens than pieces, less than a token a rank, lengths that nothing divides.
@@ -134,7 +138,8 @@ def test_short_documents_in_bfloat16(two_ranks):
 
 def _compiled():
     with open_mesh(MeshSizes(context=2), torch.device("cpu")) as mesh:
-        model, whole = random_model(FAMILIES["gemma2"]), random_model(FAMILIES["gemma2"])
+        config = {**FAMILIES["gemma2"], "num_hidden_layers": 1}  # compiled once and not twice
+        model, whole = random_model(config), random_model(config)
         hide_from_compiler()
         for layer in model.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend="aot_eager")
@@ -147,6 +152,37 @@ def test_compiled_layers(two_ranks):
     """Traced once, whatever lengths come."""
     for differences in two_ranks.run(_compiled):
         assert max(differences) < 1e-10
+
+
+def _split_further(name, sizes):
+    """Compare where layers or experts are shared by ranks too."""
+    with open_mesh(sizes, torch.device("cpu")) as mesh:
+        whole, split = random_model(FAMILIES[name]), on_meta(FAMILIES[name])
+        apply_tensor_parallel(split, mesh.tensor)
+        apply_expert_parallel(split, mesh.expert)
+        fill(split, tensors_of(whole))
+        for lengths in PACKS:
+            batch = made_batch(lengths)
+            expected = loss_and_gradients(whole, batch)
+            loss, *gradients = loss_and_gradients(split, shard_context(batch, mesh.context, multiple=mesh.tensor.size))
+            assert_same(mesh.context.sum(loss), expected[0], "loss")
+            held = parts(split)
+            for (of, _), gradient, other in zip(split.named_parameters(), gradients, expected[1:], strict=True):
+                found = torch.zeros_like(other)
+                held[of].put(gradient, found)  # what is not split is a summand on each rank
+                assert_same(whole_axis().sum(found), other, f"gradient of {of}")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "gpt_oss with its router's loss"])
+def test_with_tensor_parallelism(four_ranks, name):
+    """Two ranks share the tokens, two each layer; and the tokens that a rank holds are a multiple of two."""
+    four_ranks.run(_split_further, name, MeshSizes(context=2, tensor=2))
+
+
+@pytest.mark.parametrize("name", ["mixtral with its router's loss", "llama4_text"])
+def test_with_expert_parallelism(two_ranks, name):
+    """The ranks that share the tokens share the experts."""
+    two_ranks.run(_split_further, name, MeshSizes(context=2, expert=2))
 
 
 def _what_ranks_hold(lengths, multiple):
