@@ -37,6 +37,7 @@ from torchtune.distributed.peers import open_peers
 from torchtune.models.build import build_model
 from torchtune.modules.stored import stored_shapes, stored_tensors
 from torchtune.parallel.fsdp import apply_fsdp
+from torchtune.training.allocator import keep_freed_memory
 
 CONSTANT = 64 * 2**20  # buffers of files and sockets, what Python allocates on the way
 MB = 2**20
@@ -137,7 +138,7 @@ def work(rank: int, ranks: int, folder: Path, param_dtype: str, queue: mp.Simple
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     dtype, device = getattr(torch, param_dtype), torch.device("cpu")
     out = folder / f"out-{ranks}"
-    with open_mesh(MeshSizes(), device) as mesh, open_peers() as peers:
+    with keep_freed_memory(device), open_mesh(MeshSizes(), device) as mesh, open_peers() as peers:  # as recipes do
         checkpoint = open_checkpoint(folder / "source")
         with torch.device("meta"):
             model = build_model(checkpoint.config)
