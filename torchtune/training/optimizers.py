@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchtune.errors import ConfigError
+from torchtune.training.optimizer_in_backward import OptimizerInBackward
 from torchtune.training.precision import stochastic_round_
 
 
@@ -176,6 +178,7 @@ def build_optimizer(
     *,
     weight_decay: float | None,
     defaults: Sequence[ParamGroup] = (),
+    early: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters.
 
@@ -185,8 +188,9 @@ def build_optimizer(
         groups: other rates or decays by name.
         weight_decay: the optimizer's own, if it has one.
         defaults: other rates or decays that the method asks for; `groups` wins.
+        early: what is stepped in the backward pass, as `OptimizerInBackward` has it; None steps all after it.
     """
     made = build_param_groups(trained, groups, weight_decay=weight_decay, defaults=defaults)
     if any(parameter.dtype == torch.bfloat16 for group in made for parameter in group["params"]):
-        return StochasticRounding(made, build)
-    return build(made)
+        build = partial(StochasticRounding, build=build)
+    return build(made) if early is None else OptimizerInBackward(made, build, early=early)
