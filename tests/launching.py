@@ -16,7 +16,7 @@ def start(arguments, **options):
 
 def finish(process):
     """Its exit status, and what it said."""
-    _, stderr = process.communicate(timeout=90)
+    _, stderr = process.communicate(timeout=120)
     return process.returncode, stderr
 
 
@@ -26,7 +26,7 @@ def children(process):
         return [int(word) for word in file.read().split()]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=90):
     """Wait until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():

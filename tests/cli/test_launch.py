@@ -117,7 +117,7 @@ def test_help_comes_once(capsys, monkeypatch):
     assert "model_checkpoint" in capsys.readouterr().out
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_what_would_only_fail_again_is_not_tried_again(job, tmp_path):
     """One rank's bad row: told once, by it, with its status; no other attempt, and no word of the other's end."""
     code, stderr = finish(
@@ -139,7 +139,7 @@ def test_what_would_only_fail_again_is_not_tried_again(job, tmp_path):
     ]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_any_other_end_is_tried_again(job, tmp_path):
     """A crash, then a kill: the third attempt is told that it is one, and has the first one's time of launch."""
     code, stderr = finish(
@@ -168,7 +168,7 @@ def test_any_other_end_is_tried_again(job, tmp_path):
     assert "gloo" not in stderr
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_one_group_after_the_other(job, tmp_path):
     """Several stages in one script: the second group is not told the first one's addresses."""
     body = """
@@ -182,7 +182,7 @@ def test_one_group_after_the_other(job, tmp_path):
     assert noted(tmp_path) == [["met again"]] * 2
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_what_is_wrong_on_all_ranks_is_told_once(job):
     """And its status is that of a wrong option."""
     code, stderr = finish(job('raise ConfigError("no such thing", key="thing")', "--nproc_per_node", "3"))
@@ -190,7 +190,7 @@ def test_what_is_wrong_on_all_ranks_is_told_once(job):
     assert stderr.count("thing: no such thing") == 1
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_ranks_that_hang_end_when_one_has_ended(job):
     """Whether they wait for it in a collective or are lost in work of their own; the status is the killed one's."""
     start = time.monotonic()
@@ -211,7 +211,7 @@ def test_ranks_that_hang_end_when_one_has_ended(job):
     assert time.monotonic() - start < 60
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_a_wish_to_save_reaches_every_rank(job, tmp_path):
     """SIGUSR1 to the agent; ranks that are not ready for it yet are not ended by it."""
     process = job(
@@ -239,7 +239,7 @@ def test_a_wish_to_save_reaches_every_rank(job, tmp_path):
     assert noted(tmp_path) == [["up", "ready", "asked"]] * 2
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_an_error_on_one_machine_ends_the_other(job, tmp_path):
     """In seconds though it could start again, and the error is told on its machine alone."""
     flags = (*TWO_MACHINES, f"--rdzv_endpoint=localhost:{free_port()}", "--max_restarts=3")

@@ -63,7 +63,7 @@ def test_a_run_whose_ranks_are_killed_ends_at_the_same_bits(unhurt, checkpoint, 
     same_end(whole, out)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("number", "also_ranks"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_stop_signal_saves_once_and_ends_all(checkpoint, tmp_path, number, also_ranks):
     """To the agent, as Ctrl-C; or to every process at once, as clusters do, which is one wish and not two."""
@@ -81,7 +81,7 @@ def test_a_stop_signal_saves_once_and_ends_all(checkpoint, tmp_path, number, als
     assert "rank" not in stderr
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 def test_two_machines_equal_one(unhurt, checkpoint, tmp_path):
     """Two agents that meet at a port; one rank of all writes files, and each message comes once."""
     out = tmp_path / "out"
