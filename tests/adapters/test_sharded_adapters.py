@@ -127,7 +127,8 @@ def test_a_rank_begins_with_its_part(two_ranks, base, name):
     "options", [{"rank": 4, "init": "loftq"}, {"rank": 4, "use_dora": True}], ids=["loftq", "dora"]
 )
 def test_a_quantised_part_is_that_of_the_quantised_whole(two_ranks, base, options):
-    two_ranks.run(check_parts, base, options, tensor_parallel, "nf4")
+    for transform in (fsdp, tensor_parallel):
+        two_ranks.run(check_parts, base, options, transform, "nf4")
 
 
 def test_a_part_that_cuts_blocks_is_refused(two_ranks, tmp_path):

@@ -12,11 +12,11 @@ from torchtune.adapters.init import allocate_lora, init_lora
 from torchtune.adapters.lora import apply_lora
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.distributed.mesh import Mesh, MeshSizes, open_mesh
-from torchtune.distributed.part import local, parts
+from torchtune.distributed.part import is_sharded, local, parts
 from torchtune.models.build import build_model
 from torchtune.modules.documents import Documents
 from torchtune.modules.losses import LinearCrossEntropy
-from torchtune.modules.packed import PackedWeight
+from torchtune.modules.packed import PackedWeight, unpacked
 from torchtune.modules.stored import as_stored, stored_tensors
 from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp, reshard
@@ -24,6 +24,7 @@ from torchtune.parallel.gradients import GradientSums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.quantization.kinds import KINDS, packable, packer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
+from torchtune.training.compiling import apply_compile
 from torchtune.training.precision import autocast
 from torchtune.training.stepped import SteppedParameters
 
@@ -53,7 +54,7 @@ QWEN3_MOE = LLAMA | {
 CONFIGS = {
     "llama": LLAMA,
     "qwen3_moe": QWEN3_MOE,
-    "uneven": QWEN3_MOE | {"num_experts": 3, "num_key_value_heads": 1, "head_dim": 33},
+    "uneven": QWEN3_MOE | {"hidden_size": 96, "num_experts": 3, "num_key_value_heads": 1, "head_dim": 34},
 }
 ALONE = Mesh()
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def loss_of(model, batches, *, backward):
 def train(model, mesh, batches, dtype):
     """Five steps of SGD, and a look at the loss in between; the losses, the norms, and the adapter at the end."""
     stepped, sums = SteppedParameters(model), GradientSums(model, mesh)
-    optimizer = torch.optim.SGD(stepped.by_name.values(), lr=0.3)
+    optimizer = torch.optim.SGD(stepped.by_name.values(), lr=1.0)
     losses, norms = [], []
     for step in range(5):
         with autocast(model, dtype):
@@ -205,3 +206,53 @@ def four_ways(folder, kind):
 def test_four_ranks_train_as_one_device(four_ranks, bases, kind):
     """FSDP alone, over replicas, and over what tensor and expert parallelism have left."""
     four_ranks.run(four_ways, bases, kind)
+
+
+def double_quantised(folder):
+    compare(folder / "llama", MeshSizes(), 1e-3, kind="nf4", double=True)
+    with open_mesh(MeshSizes(), CPU) as mesh:
+        stored = open_checkpoint(folder / "qwen3_moe")
+        (model, _), (alone, _) = [build(folder / "qwen3_moe", m, kind="nf4", double=True) for m in (mesh, ALONE)]
+        of_rank, read = parts(model), stored.reader(model)
+        for name in packable(model):
+            held = unpacked(local(model.get_parameter(name)), torch.float32)
+            whole = of_rank[name].of(unpacked(alone.get_parameter(name), torch.float32))
+            if held.dim() == 3:
+                assert torch.equal(held, whole)
+            else:
+                lost = (whole - of_rank[name].of(read(name))).norm()
+                assert 0 < (held - whole).norm() < 0.1 * lost
+
+
+def test_doubly_quantised_scales_are_those_of_a_ranks_rows(two_ranks, bases):
+    """They are rounded around the mean of a rank's own, so a matrix differs by less than NF4 loses; experts do not."""
+    two_ranks.run(double_quantised, bases)
+
+
+def uneven(folder):
+    with open_mesh(MeshSizes(), CPU) as mesh:
+        model, whole = build(folder / "uneven", mesh, kind="nf4")
+        # 3 experts; and 34 rows of keys and values, of which half are no whole blocks, as those of queries are.
+        names = {name.removeprefix("model.layers.0.").removesuffix(".weight") for name in whole if ".0." in name}
+        assert names == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.k_proj", "self_attn.v_proj"}
+        for name, parameter in model.named_parameters():
+            assert is_sharded(parameter) == (parameter.dim() > 1 and name not in whole and "mlp.gate." not in name), (
+                name
+            )
+    compare(folder / "uneven", MeshSizes(), 1e-9, kind="nf4")
+
+
+def test_what_does_not_divide_stays_whole(two_ranks, bases):
+    """It is named, and the numbers are the same."""
+    two_ranks.run(uneven, bases)
+
+
+def compiled(folder):
+    compare(folder / "llama", MeshSizes(), 1e-9, kind="nf4", transform=apply_compile)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_compiled_layers_compute_with_what_was_gathered(two_ranks, bases):
+    """A compiled layer gets its weights anew each time, in memory that was given back in between."""
+    two_ranks.run(compiled, bases, timeout_s=220)

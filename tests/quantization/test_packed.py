@@ -15,6 +15,7 @@ from torchtune.modules.grouped import grouped_linear
 from torchtune.modules.linear import Conv1D, Linear
 from torchtune.modules.moe import Experts, gated_by
 from torchtune.modules.packed import PackedWeight, dense
+from torchtune.modules.packed import unpacked as values_of
 from torchtune.quantization.int4 import Int4Weight
 from torchtune.quantization.int8 import Int8Weight
 from torchtune.quantization.nf4 import NF4Weight
@@ -268,6 +269,33 @@ def test_it_moves_to_the_gpu(kind):
     torch.testing.assert_close(kind.pack(random(40, 36).cuda()).dense(torch.float32).cpu(), weight.dense(torch.float32))
 
 
+@pytest.mark.parametrize("shape", [(4, 64), (6, 36), (4, 5, 9), (768, 64)])
+def test_rows_of_several_ranks_are_put_together(kind, shape):
+    """As FSDP gathers what each rank has packed: also where blocks are filled up, and matrices of a stack."""
+    shares = [kind.pack(share) for share in random(*shape).chunk(2)]
+    inputs, (metadata, _) = zip(
+        *[share.fsdp_pre_all_gather(None, torch.Size(shape), None, None, None) for share in shares], strict=True
+    )
+    outputs = [
+        torch.cat([part.view(-1) for part in of_ranks]).view(-1, *of_ranks[0].shape[1:])
+        for of_ranks in zip(*inputs, strict=True)
+    ]
+    gathered, _ = shares[0].fsdp_post_all_gather(outputs, metadata, torch.bfloat16)
+    assert (type(gathered), gathered.shape, gathered.dtype) == (kind, shape, torch.bfloat16)
+    expected = torch.cat([values_of(share, torch.float32) for share in shares])
+    assert torch.equal(values_of(gathered, torch.float32), expected)
+
+
+def test_it_is_pinned_as_it_is(kind, monkeypatch):
+    """What FSDP keeps in the host's memory; there is no such memory without an accelerator, so it is a copy here."""
+    weight = kind.pack(random(20, 36))
+    assert not torch.ops.aten.is_pinned.default(weight)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    pinned = torch.ops.aten._pin_memory.default(weight).narrow(0, 0, 20)
+    assert torch.equal(pinned.dense(torch.float32), weight.dense(torch.float32))
+    assert pinned.codes.data_ptr() != weight.codes.data_ptr()
+
+
 def test_it_is_not_unpacked_unnoticed(kind):
     """What is no layer's is refused, by the weight's name and what to do."""
     weight = kind.pack(random(20, 36))
@@ -278,6 +306,11 @@ def test_it_is_not_unpacked_unnoticed(kind):
         lambda: weight.T,
         lambda: weight[0],
         lambda: weight[:, 1],
+        lambda: weight[:, :5],
+        lambda: weight[1:],
+        lambda: weight[:19],
+        lambda: weight.view(36, 20),
+        lambda: weight.as_strided((20, 36), (1, 20)),
         lambda: torch.stack([weight]),
         lambda: weight.copy_(random(20, 36)),
         lambda: random(20, 36).copy_(weight),

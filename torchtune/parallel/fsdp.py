@@ -46,8 +46,8 @@ def apply_fsdp(
             there is less to send and all layers are in memory from one pass to the other.
         num_prefetched: layers that are gathered ahead, besides the one that is computed; on CUDA alone.
         cpu_offload: parameters, gradients and the optimizer's step are in host memory, and visit the device.
-        packed: names of frozen parameters that will be quantised. Each rank packs its own rows of them, and they are
-            gathered packed.
+        packed: names of parameters that will be quantised, where they are frozen. Each rank packs its own rows of them,
+            and they are gathered packed.
         block: so many values of those, one after the other along the rows, are quantised together.
     Returns:
         Those of `packed` that stay whole on each rank: their rows can't be shared out evenly, or not between blocks.
@@ -58,7 +58,8 @@ def apply_fsdp(
 
     if dtype == torch.float64:
         reduce_dtype = dtype  # who computes in it would lose it all in the sum
-    whole = [name for name in packed if not _divides(model.get_parameter(name), _num_shards(model, name, mesh), block)]
+    frozen = {name: _num_shards(model, name, mesh) for name in packed if not model.get_parameter(name).requires_grad}
+    whole = [name for name, num in frozen.items() if not _divides(model.get_parameter(name), num, block)]
     kept = _kept_whole(model) | {model.get_parameter(name) for name in whole}
     common = {
         # Activations have their type from the embedding on; integers must not be cast.
@@ -86,7 +87,7 @@ def apply_fsdp(
     for index, layer in enumerate(layers if num_prefetched else ()):
         layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + num_prefetched])
         layer.set_modules_to_backward_prefetch(layers[max(index - num_prefetched, 0) : index][::-1])
-    return [name for name in whole if _num_shards(model, name, mesh) > 1]
+    return [name for name in whole if frozen[name] > 1]
 
 
 def reshard(model: nn.Module) -> None:
@@ -111,10 +112,8 @@ def _num_shards(model: nn.Module, name: str, mesh: Mesh) -> int:
 
 
 def _divides(matrix: torch.Tensor, num_shards: int, block: int) -> bool:
-    """Whether packed rows, or matrices of a stack, can be shared out: as FSDP gathers packed ones, and blocks whole.
-
-    A mesh of one rank would gather no more than one part of a packed weight.
-    """
+    """Whether its rows, or matrices of a stack, can be shared out packed: as many to each rank, and in whole blocks."""
+    # Of a packed weight that one rank has alone, FSDP would take one part and leave the others.
     is_even = num_shards > 1 and len(matrix) % num_shards == 0
     return is_even and (matrix.dim() == 3 or matrix.numel() // num_shards % block == 0)
 
