@@ -10,6 +10,7 @@ expert           an expert sees the tokens of all ranks of its axis, so its grad
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class GradientSums:
     Args:
         model: as it is trained, all transforms applied.
         mesh: the ranks.
+
+    Attributes:
+        whole_at_once: names of parameters of which nothing is summed here: their gradient is whole as it arrives.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
@@ -44,6 +48,8 @@ class GradientSums:
             (mesh.same_experts, [n for n, p in trained.items() if not is_sharded(p) and n in of_experts]),
             (mesh.tensor, [name for name in trained if name in unsplit]),
         ]
+        waits = {name for axis, names in self._over for name in names if axis.size > 1}
+        self.whole_at_once = trained.keys() - waits
         self._copies: dict[str, int] = {}
         for name, parameter in trained.items():
             copies = mesh.sizes.replicate if is_sharded(parameter) else mesh.tokens.size
@@ -60,16 +66,24 @@ class GradientSums:
         for axis, names in self._over:
             sum_gradients([parameters[name] for name in names], axis)
 
-    def norm(self, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Tensor:
-        """The norm of all gradients together, the same on all ranks, as a scalar on `device`; the host does not wait."""
-        named = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    def norm(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+        *,
+        stepped: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
+        """The norm of all gradients together, the same on all ranks, as a scalar on `device`; the host does not wait.
+
+        Args:
+            stepped: norms of gradients that are gone, by what this rank held of the parameter.
+        """
+        held = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        norms = dict(zip(held, torch._foreach_norm(list(held.values())), strict=True)) if held else {}
+        norms |= {name: stepped[parameter] for name, parameter in parameters.items() if parameter in stepped}
         if world_size() == 1:
-            return nn.utils.get_total_norm(named.values()).to(device)
-        norms = torch._foreach_norm(list(named.values()))
+            return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms.values()]))
         # A parameter that several ranks hold counts on each with its share.
-        squares = [
-            norm.to(device, torch.float64).square() / self._copies[name]
-            for name, norm in zip(named, norms, strict=True)
-        ]
+        squares = [norm.to(device, torch.float64).square() / self._copies[name] for name, norm in norms.items()]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
         return sum_over_ranks(total).sqrt().float()

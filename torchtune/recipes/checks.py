@@ -21,6 +21,8 @@ from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder
 from torchtune.training.activation_checkpointing import check_activation_checkpointing
 from torchtune.training.device import get_device
+from torchtune.training.optimizer_in_backward import check_optimizer_in_backward
+from torchtune.training.precision import get_dtype
 
 
 def check_finetune(
@@ -47,7 +49,15 @@ def check_finetune(
             device=device,
         )
     with problems.caught():
-        params.mesh_sizes.fitted(world_size())
+        sizes = params.mesh_sizes.fitted(world_size())
+        if params.optimizer_in_bwd:
+            check_optimizer_in_backward(
+                accumulation=params.gradient_accumulation_steps or 1,
+                clip_grad_norm=params.clip_grad_norm,
+                dtype=get_dtype("fp32" if params.dtype == "auto" else params.dtype),  # which auto is as good as
+                sizes=sizes,
+                cpu_offload=params.fsdp_cpu_offload,
+            )
     with problems.caught("output_dir"):
         RunFolder(params, recipe)
     _look_at_data(params, problems)

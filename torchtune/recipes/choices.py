@@ -72,8 +72,10 @@ def choose_batching(params: FinetuneParams, report: Report | MixReport, *, limit
     else:
         # Rows that were not checked may be longer than those that were.
         max_seq_len = longest if report.num_checked_rows == report.num_rows else limit
-    batch_size = params.batch_size or (1 if params.packed else 8)
     row_tokens = max_seq_len if params.packed else max(num_tokens // max(num_samples, 1), 1)
+    if params.optimizer_in_bwd:  # a step is one micro-batch, as large as it needs
+        return Batching(max_seq_len, params.batch_size or max(round(wanted / (row_tokens * world_size)), 1), 1)
+    batch_size = params.batch_size or (1 if params.packed else 8)
     accumulation = params.gradient_accumulation_steps or max(round(wanted / (batch_size * row_tokens * world_size)), 1)
     return Batching(max_seq_len, batch_size, accumulation)
 

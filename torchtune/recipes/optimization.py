@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from torchtune.recipes import choices
 from torchtune.recipes.params import FinetuneParams
 from torchtune.training.gradients import FiniteGuard, check_all_reached, clip_gradients
 from torchtune.training.lr_schedulers import LRSchedule
+from torchtune.training.optimizer_in_backward import OptimizerInBackward
 from torchtune.training.optimizers import ParamGroup, build_optimizer
 from torchtune.training.seed import seed_everything
 from torchtune.training.stepped import SteppedParameters
@@ -85,6 +86,7 @@ class Optimization:
             choices.param_groups(params),
             defaults=groups,
             weight_decay=options.get("weight_decay"),
+            early=self._early() if params.optimizer_in_bwd else None,
         )
         self.total_steps = choices.count_steps(params, loader)
         self._lr_schedule = LRSchedule(
@@ -108,6 +110,8 @@ class Optimization:
 
     def set_lr(self, step: int) -> float:
         """Set the rates for optimizer step `step`, counted from 1; returns the first group's."""
+        if isinstance(self.optimizer, OptimizerInBackward):
+            self.optimizer.seed = step  # of rounding, which begins before `step` is called
         return self._lr_schedule.set_lr(step, choices.progress(step, self.total_steps, self._loader, self._params))
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -121,13 +125,26 @@ class Optimization:
             TrainingError: in the run's first step a trained parameter got no gradient.
         """
         if self._is_first_step:
-            check_all_reached(self.model)  # before the sum, which fills in zeros
+            check_all_reached(self.model, stepped=self._stepped_early())  # before the sum, which fills in zeros
             self._is_first_step = False
         self._parameters.take_gradients()
         self._sums.sum(self._parameters.by_name)
         self.grad_scaler.unscale_(self.optimizer)
         self._agree_on_overflow()
-        return self._sums.norm(self._parameters.by_name, self._device)
+        return self._sums.norm(self._parameters.by_name, self._device, stepped=self._norms_of_stepped())
+
+    def _early(self) -> dict[nn.Parameter, Tensor]:
+        """What can be stepped as its gradient arrives: each parameter, and what this rank holds of it."""
+        whole = self._sums.whole_at_once
+        return {self.model.get_parameter(name): self._parameters.by_name[name] for name in sorted(whole)}
+
+    def _norms_of_stepped(self) -> Mapping[Tensor, Tensor]:
+        """Gradient norms of what was stepped in the backward pass."""
+        return self.optimizer.gradient_norms if isinstance(self.optimizer, OptimizerInBackward) else {}
+
+    def _stepped_early(self) -> list[str]:
+        norms = self._norms_of_stepped()
+        return [name for name, parameter in self._parameters.by_name.items() if parameter in norms]
 
     def _agree_on_overflow(self) -> None:
         """fp16: a rank skips the step where the gradients of another one's share have overflowed."""

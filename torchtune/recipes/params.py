@@ -132,6 +132,9 @@ class FinetuneParams:
     clip_grad_norm: float | None = Field(
         default=1.0, gt=0, allow_inf_nan=True, description="Largest gradient norm; null: off, inf: only measure."
     )
+    optimizer_in_bwd: bool = Field(
+        default=False, description="Step each parameter as its gradient comes: no two gradients are in memory together."
+    )
     loss: Component = Field(
         default_factory=lambda: {"_component_": "torchtune.modules.losses.LinearCrossEntropy"},
         description="The loss: called with hidden states, head weight and targets, it gives the sum over tokens.",

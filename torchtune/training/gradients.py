@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, n
         nn.utils.clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm)
 
 
-def check_all_reached(model: nn.Module) -> None:
+def check_all_reached(model: nn.Module, *, stepped: Collection[str] = ()) -> None:
     """After a backward pass: every parameter that is trained has a gradient, on one rank at least.
 
     A gradient of zeros counts: a part that no token went through got one. None at all says that autograd
@@ -31,11 +31,13 @@ def check_all_reached(model: nn.Module) -> None:
     on, and train half of what it says. Ranks are asked together, since one without a trained token has no
     gradient of its head.
 
+    Args:
+        stepped: names of parameters whose gradient came, and is gone.
     Raises:
         TrainingError: names the first parameters without; on all ranks.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    reached = [parameter.grad is not None for _, parameter in trained]
+    reached = [parameter.grad is not None or name in stepped for name, parameter in trained]
     if world_size() > 1:
         reached = sum_over_ranks(torch.tensor(reached, dtype=torch.int32, device=trained[0][1].device)).tolist()
     missed = [name for (name, _), count in zip(trained, reached, strict=True) if not count]
