@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchtune.adapters.adapter import Adapter, fill, split_pissa
 from torchtune.adapters.base_weights import BaseWeights
@@ -242,12 +242,12 @@ class ExportRecipe:
         )
         merged = MergedWeights(model, last.config, base, lambda name: stored(name, model.get_parameter(name)))
 
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
         def value(name: str, held: Tensor) -> Tensor:
-            if not isinstance(held, nn.Parameter):
+            if name not in trained:
                 return stored(name, held)
-            if name in packed or held.requires_grad:
-                held = nn.Parameter(base(name, stored(name, held)), held.requires_grad)
-            return merged(name, held)
+            return merged(name, base(name, stored(name, held)) if name in packed or trained[name] else held)
 
         return value
 
