@@ -39,7 +39,10 @@ FACTORS: dict[str, dict[str, tuple[str, ...]]] = {
         "EP": ("expert_parallel=2",),
     },
     "rows": {"packed": ("packed=true",), "padded": ("packed=false",)},
-    "accumulation": {"1 micro-batch": ("gradient_accumulation_steps=1",), "2": ("gradient_accumulation_steps=2",)},
+    "accumulation": {
+        "1 micro-batch": ("gradient_accumulation_steps=1",),
+        "2 micro-batches": ("gradient_accumulation_steps=2",),
+    },
     "checkpointing": {
         "none": (),
         "full": ("enable_activation_checkpointing=true",),
@@ -56,7 +59,7 @@ REFUSED = {
     for pair in (
         ("EP", "dense"),
         ("by operator", "compiled"),
-        ("in backward", "2"),
+        ("in backward", "2 micro-batches"),
         ("in backward", "replicate"),
         ("in backward", "TP"),
     )
@@ -118,7 +121,9 @@ def table() -> str:
             shown = "" if factor == other_factor else "yes" if pair in covered else "refused"
             cells.append(shown)
         lines.append(f"| {factor}: {value} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    in_table = {value for _, value in columns}
+    others = sorted(" with ".join(sorted(pair)) for pair in REFUSED if not pair & in_table)
+    return "\n".join(lines) + f"\n\nRefused among the others: {'; '.join(others)}.\n"
 
 
 def main() -> None:
