@@ -34,12 +34,14 @@ from tests.models.oracle import (
     check_round_trip,
     save_random,
 )
+from tests.parallel.same_model import check_tensor_parallel_model
+from tests.ranks import RankPool
 from torchtune.checkpoint.gguf_architectures import ARCHITECTURES
 from torchtune.models.build import FILES, find_family
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
-COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in", "LoRA")
-NOT_YET = ("TP", "GGUF out")
+COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in", "LoRA", "TP")
+NOT_YET = ("GGUF out",)
 BEGIN, END = "<!-- made by tests/models/support.py -->\n", "<!-- end -->\n"
 
 _MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -109,7 +111,7 @@ def config_of(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **{**SIZES, **HEADS, **tokens, **SPECIAL.get(model_type, {})})
 
 
-def row(model_type: str, folder: Path) -> str:
+def row(model_type: str, folder: Path, ranks: RankPool) -> str:
     """The family's row, each feature tried."""
     config = config_of(model_type)
     torch.manual_seed(3)
@@ -122,6 +124,7 @@ def row(model_type: str, folder: Path) -> str:
         _tried(lambda: check_round_trip(folder / "saved", config)),
         "as `llama`" if model_type == "mistral" else "yes" if readable else "no",
         _tried(lambda: check_lora(folder / "lora", config)),
+        _tried(lambda: ranks.run(check_tensor_parallel_model, config.to_dict())),
     ]
     found += ["not yet"] * len(NOT_YET)
     return f"| `{model_type}` | {find_family(model_type).covers} | {' | '.join(found)} |\n"
@@ -154,7 +157,9 @@ def main() -> None:
     columns = (*COLUMNS, *NOT_YET)
     head = f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n"
     with tempfile.TemporaryDirectory() as folder:
-        rows = "".join(row(model_type, Path(folder) / model_type) for model_type in sorted(FILES))
+        ranks = RankPool(2)
+        rows = "".join(row(model_type, Path(folder) / model_type, ranks) for model_type in sorted(FILES))
+        ranks.close()
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     DOCUMENT.write_text(f"{before}{BEGIN}{head}{rows}{END}{rest.partition(END)[2]}", encoding="utf-8")
 

@@ -7,7 +7,7 @@ from torchtune.models.build import FILES
 
 
 @pytest.mark.parametrize("model_type", sorted(FILES))
-def test_the_table_has_the_family_as_it_is(tmp_path, model_type):
+def test_the_table_has_the_family_as_it_is(tmp_path, two_ranks, model_type):
     """Write it anew with `python -m tests.models.support` where this fails and the change is meant."""
     table = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert row(model_type, tmp_path) in table
+    assert row(model_type, tmp_path, two_ranks) in table
