@@ -341,7 +341,7 @@ def test_nothing_is_left_where_it_fails(checkpoint, runs, tmp_path, capsys, monk
 
     with monkeypatch.context() as patched:
         patched.setattr("torchtune.checkpoint.save.shutil.copyfile", full)
-        patched.setattr("torchtune.checkpoint.save.save_file", full)
+        patched.setattr("torchtune.checkpoint.save.TensorWriter.write", full)
         assert run(keys) == 1
     said = capsys.readouterr().err
     assert "out: can't be written" in said

@@ -52,7 +52,7 @@ class MergedWeights:
         if name not in self._frozen:
             return held.detach()
         layer = layer_of(self._model, name)
-        if self._is_packed(name):
+        if isinstance(held, PackedWeight) or self._is_packed(name):
             weight = unpacked(held, torch.float64) if isinstance(held, PackedWeight) else held.double()
             update = self._as_trained.get(layer)  # what PiSSA trains stands beside what is quantised
         else:
