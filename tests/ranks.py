@@ -73,6 +73,8 @@ class RankPool:
 
 def _work(rank, num_ranks, store, pipe):
     torch.set_num_threads(1)
+    # Else each rank that compiles starts processes of its own to do so, which all load torch first.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     pipe.send("ready")
