@@ -353,7 +353,10 @@ def command(recipe, checkpoint, out, *keys, ranks):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "keys",
-    [("lora_dropout=0.2", "packed=false"), (NF4, "use_dora=true", "modules_to_save=[lm_head]", "packed=true")],
+    [
+        ("lora_dropout=0.2", "packed=false"),
+        (NF4, "double_quantization=false", "use_dora=true", "modules_to_save=[lm_head]", "packed=true"),
+    ],
     ids=["dropout", "nf4"],
 )
 def test_two_ranks_equal_one(checkpoint, tmp_path, keys):
@@ -396,7 +399,7 @@ def test_two_ranks_hold_the_same_adapter(checkpoint, tmp_path):
     """Also where bf16 parameters are rounded at random, and each rank's dropout is another."""
     recipe = tmp_path / "telling.py"
     recipe.write_text(TELLING_RECIPE)
-    keys = ("param_dtype=bf16", "lora_dropout=0.1", "max_seq_len=128", "batch_size=1")
+    keys = ("param_dtype=bf16", "lora_dropout=0.1", "max_seq_len=128", "batch_size=1", "data_parallel_replicate=2")
     done = finish(command(str(recipe), checkpoint, tmp_path / "out", *keys, ranks=2))
     assert done.returncode == 0, done.stderr
     digests = [(tmp_path / f"digest-{rank}").read_text() for rank in (0, 1)]
