@@ -288,3 +288,25 @@ def test_a_machine_that_is_lost_and_comes_back_is_taken_in(job, tmp_path):
         code, stderr = finish(process)
         assert code == 0, stderr
     assert all(lines[-1] == "True" for lines in noted(tmp_path))
+
+
+@pytest.mark.timeout(180)
+def test_an_error_that_follows_from_another_is_neither_told_nor_final(job):
+    """Rank 1's is; rank 0 only reports that it is gone, in an error of ours, and would not stop a restart."""
+    code, stderr = finish(
+        job(
+            """
+            attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+            barrier()
+            if attempt == 0 and rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                barrier()
+            except RuntimeError as error:
+                raise DataError("a file of rank 1 is missing") from error
+            """,
+            *("--nproc_per_node", "2", "--max_restarts", "1"),
+        )
+    )
+    assert code == 0, stderr
+    assert stderr.splitlines() == ["rank 1 was ended by SIGKILL; starting all again (0 of 1 restarts left)"]

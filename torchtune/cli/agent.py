@@ -167,7 +167,7 @@ def _status(failures: dict[int, ProcessFailure]) -> int:
     """Say which rank failed, where no rank's own words do, and give its exit status."""
     _, first = _first(failures)
     status = first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-    if not is_final(first.error_file_data) or status < 128:  # else it was asked to stop, and did
+    if not (is_final(first.error_file_data) and status > 128):  # that one was asked to stop, and did
         tell(_what_happened(failures))
     return status
 
@@ -176,7 +176,7 @@ def _what_happened(failures: dict[int, ProcessFailure]) -> str:
     rank, first = _first(failures)
     if first.exitcode < 0:
         return f"rank {rank} was ended by {first.signal_name()}"
-    if first.error_file_data.get("rank") == rank:
+    if first.error_file_data.get("told"):
         return f"rank {rank} failed first, with exit status {first.exitcode}; its message is above"
     return f"rank {rank} ended with exit status {first.exitcode}, after a rank of another machine or without a word"
 
@@ -185,8 +185,12 @@ def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """The failure that the others follow from: one that was told, else a kill, but not the agent's own."""
 
     def order(entry: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int]:
-        rank, failure = entry
-        is_told = failure.error_file_data.get("rank") == rank
-        return not is_told, failure.exitcode == -signal.SIGTERM, failure.exitcode > 0, failure.timestamp
+        failure = entry[1]
+        return (
+            not failure.error_file_data.get("told"),
+            failure.exitcode == -signal.SIGTERM,
+            failure.exitcode > 0,
+            failure.timestamp,
+        )
 
     return min(failures.items(), key=order)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from torchtune.cli.tune import call, exit_code, tell
-from torchtune.errors import TuneError
+from torchtune.errors import StoppedBySignal, TuneError
 
 # An elastic agent names this file for each of its processes, and reads it when the process has failed.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -47,16 +47,26 @@ def _tell_if_first(error: Exception) -> None:
     from torchtune.distributed import failures
     from torchtune.distributed.process_group import rank
 
-    if not failures.is_to_tell(rank()):
+    _tell_agent(error, is_told=False)  # at once: the agent may end this process while it waits for the first one
+    # All ranks have agreed to stop; what else there is, the first one tells.
+    if not (rank() == 0 if isinstance(error, StoppedBySignal) else failures.is_to_tell(rank())):
         return
-    if file := os.environ.get(ERROR_FILE):
-        # The agent's own form, and two words for ours.
-        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
-        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
-        with open(file, "w", encoding="utf-8") as stream:
-            json.dump({"message": message, "rank": rank(), "final": isinstance(error, TuneError)}, stream)
+    _tell_agent(error, is_told=True)
     if isinstance(error, TuneError):
         tell(str(error))
     else:
         traceback.print_exception(error)
     failures.linger()
+
+
+def _tell_agent(error: Exception, *, is_told: bool) -> None:
+    from torchtune.distributed.failures import follows_from_another
+
+    if not (file := os.environ.get(ERROR_FILE)):
+        return
+    # The agent's own form, and two words for ours.
+    extra = {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": str(int(time.time()))}
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+    final = isinstance(error, TuneError) and not follows_from_another(error)
+    with open(file, "w", encoding="utf-8") as stream:
+        json.dump({"message": message, "told": is_told, "final": final}, stream)

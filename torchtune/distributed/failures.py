@@ -13,6 +13,8 @@ import time
 
 import torch.distributed as dist
 
+from torchtune.errors import RankError
+
 # How long a rank waits for the first to speak. Its agent ends it meanwhile, where a rank of the same machine has ended.
 SECONDS_FOR_THE_FIRST = 3.0
 SECONDS_TO_LOOK = 1.0
@@ -30,8 +32,18 @@ def watch(store: dist.Store) -> None:
 def note(error: Exception) -> None:
     """Note that this rank has failed, unless the error only says that another one is gone."""
     global _is_first
-    if not _follows_from_another(error):
+    if not follows_from_another(error):
         _is_first = _count(1) == 1
+
+
+def follows_from_another(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from, is that another rank is gone."""
+    if error is None:
+        return False
+    # gloo has no class of its own for a connection that another rank has closed.
+    is_gloo = type(error) is RuntimeError and "gloo" in str(error).lower()
+    is_of_another = is_gloo or isinstance(error, dist.DistError | RankError)
+    return is_of_another or follows_from_another(error.__cause__ or error.__context__)
 
 
 def is_to_tell(rank: int) -> bool:
@@ -60,8 +72,3 @@ def _count(more: int) -> int:
         return 0 if _store is None else _store.add("count", more)
     except dist.DistError:
         return 0
-
-
-def _follows_from_another(error: Exception) -> bool:
-    # gloo has no class of its own for a connection that another rank has closed.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
