@@ -98,7 +98,7 @@ def test_case_c086_checkpointing_loses_no_gradient(checkpoint, tmp_path, keys):
 def test_case_c086_a_parameter_without_a_gradient_is_an_error(checkpoint, tmp_path, monkeypatch):
     """Reentrant checkpointing behind a frozen embedding, as those reports had it: nothing is trained, and it is told."""
 
-    def reentrant(layers):
+    def reentrant(layers, **options):
         for layer in layers:
             layer.forward = partial(reentrant_checkpoint, layer.forward, use_reentrant=True)
 
