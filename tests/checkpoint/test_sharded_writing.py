@@ -12,6 +12,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from tests.checkpoint.in_parts import built, built_in_parts
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
+from torchtune.checkpoint import held as holding
 from torchtune.checkpoint import save as saving
 from torchtune.checkpoint.background import Background
 from torchtune.checkpoint.headers import DTYPES
@@ -57,7 +58,7 @@ def tensors_of(folder):
 
 
 def save_in_parts(folder, target, how, min_shard_bytes):
-    saving.MIN_SHARD_BYTES = min_shard_bytes
+    saving.MIN_SHARD_BYTES, holding.BLOCK_BYTES = min_shard_bytes, 500
     model, checkpoint = built_in_parts(folder, how)
     checkpoint.load_into(model)
     save_model(target, model, checkpoint)

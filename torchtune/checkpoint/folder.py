@@ -86,12 +86,9 @@ class WeightFiles(WeightSource):
         """A part of one tensor; where it lies in the file as in memory, no more than it is read."""
         return self.read(name) if part.is_whole else self._file_of(name).read_part(name, part)
 
-    def read_into(self, tensor: Tensor, name: str) -> None:
-        """Fill a tensor of the same shape and type, straight from the file where it is contiguous."""
-        if tensor.is_contiguous():
-            self._file_of(name).read_into(tensor, name)
-        else:
-            tensor.copy_(self.read(name))
+    def read_into(self, into: Tensor, name: str, part: Part) -> None:
+        """Fill a tensor of the part's shape; nothing else of its size is in memory."""
+        self._file_of(name).read_into(into, name, part)
 
     def are_equal(self, one: str, two: str) -> bool:
         """Whether two tensors are the same; where their first rows differ, no more is read of a mapped file."""

@@ -69,6 +69,10 @@ class WeightSource(Protocol):
         whole = self.read(name)
         return whole if part.is_whole else part.of(whole).clone(memory_format=torch.contiguous_format)
 
+    def read_into(self, into: torch.Tensor, name: str, part: Part) -> None:
+        """Fill a tensor of the part's shape, of any type, layout and device."""
+        into.copy_(self.read_part(name, part))
+
     def close(self) -> None:
         """Let go of the files."""
 

@@ -5,7 +5,8 @@ Nothing is gathered: the rank that writes a tensor gets, one tensor at a time, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,24 @@ from torchtune.distributed.peers import Attempt, Peers
 from torchtune.errors import CheckpointError
 from torchtune.modules.packed import PackedWeight, unpacked
 from torchtune.modules.stored import unstored_parameters
+
+# What is sent at a time: beside the tensor that it belongs to, one such block is in memory.
+BLOCK_BYTES = 16 * 2**20
+
+
+class Scratch:
+    """Memory for one tensor after the other: a new one each time would leave holes that the allocator does not fill."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """One whose values are not set, instead of the last one."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._memory) < num_bytes:
+            del self._memory  # before there is more
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory[:num_bytes].view(dtype).view(shape)
 
 
 class Held:
@@ -34,6 +53,7 @@ class Held:
     def __init__(self, tensors: Mapping[str, Tensor], parts: Mapping[str, Part], peers: Peers) -> None:
         self.tensors, self.parts, self.peers = tensors, parts, peers
         self.attempt = Attempt()
+        self._block = Scratch()
         self._holders: dict[str, dict[Part, list[int]]] = {}
         for index, of_rank in enumerate(peers.gather(dict(parts))):
             for name, part in of_rank.items():
@@ -53,28 +73,35 @@ class Held:
         return cls(tensors, parts(model), peers)
 
     def put_together(
-        self, name: str, at: int, *, region: Part | None = None, dtype: torch.dtype | None = None
+        self,
+        name: str,
+        at: int,
+        *,
+        region: Part | None = None,
+        dtype: torch.dtype | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor | None:
         """A tensor, or a region of it, on the rank `at`; None on others, and where the attempt has failed.
 
         Args:
             dtype: what it is cast to by those who have it, on the CPU; None leaves it as it is held, where one rank has
                 all of it even on its device and packed.
+            scratch: memory for it, until that is used for the next one; by default it has its own.
         """
         region = region or Part.all_of(self.parts[name].whole)
         me, shares = self.peers.rank, self._shares(name, region, at)
+        scratch = scratch or Scratch()
         if [rank for rank, _ in shares] == [at]:
-            return self.attempt(self._cast, name, region, dtype) if me == at else None
-        dtype = dtype or (torch.float32 if isinstance(self.tensors[name], PackedWeight) else self.tensors[name].dtype)
-        whole = torch.empty(region.shape, dtype=dtype) if me == at else None
+            return self.attempt(self._alone, name, region, dtype, scratch) if me == at else None
+        is_packed = isinstance(self.tensors[name], PackedWeight)
+        dtype = dtype or (torch.float32 if is_packed else self.tensors[name].dtype)
+        whole = scratch.tensor(region.shape, dtype) if me == at else None
         for rank, share in shares:
-            if whole is not None and rank == me:
-                self.attempt(self._put, name, share, region, whole)
-            elif whole is not None:
-                self._receive(share.inside(region), whole, rank)
-            elif rank == me:
-                given = self.attempt(self._cast, name, share, dtype)
-                self.peers.send(torch.empty(share.shape, dtype=dtype) if given is None else given.contiguous(), at)
+            for block in [share] if is_packed else _blocks(share, dtype):  # it is unpacked once
+                if rank == me:
+                    self._give(name, block, region, whole, dtype, at)
+                elif whole is not None:
+                    self._receive(block.inside(region), whole, rank)
         return whole
 
     def everywhere(self, name: str) -> Tensor:
@@ -107,13 +134,25 @@ class Held:
         share = share.inside(self.parts[name])
         return held if share.is_whole else share.of(held)
 
-    def _cast(self, name: str, share: Part, dtype: torch.dtype | None) -> Tensor:
-        if dtype is None:
-            return self.tensors[name] if share == self.parts[name] else self._own(name, share)
-        return self._own(name, share).to(device="cpu", dtype=dtype)
+    def _alone(self, name: str, share: Part, dtype: torch.dtype | None, scratch: Scratch) -> Tensor:
+        if dtype is None and share == self.parts[name]:
+            return self.tensors[name]
+        own = self._own(name, share)
+        if dtype is None or (own.dtype == dtype and own.device.type == "cpu"):
+            return own
+        return scratch.tensor(share.shape, dtype).copy_(own)
 
-    def _put(self, name: str, share: Part, region: Part, whole: Tensor) -> None:
-        share.inside(region).put(self._own(name, share), whole)
+    def _give(self, name: str, block: Part, region: Part, whole: Tensor | None, dtype: torch.dtype, at: int) -> None:
+        """A block that this rank has, to its place in `whole`, or to the rank that has that."""
+        if whole is not None:
+            self.attempt(self._put, name, block, block.inside(region), whole)
+            return
+        given = self._block.tensor(block.shape, dtype)
+        self.attempt(self._put, name, block, Part.all_of(block.shape), given)
+        self.peers.send(given, at)
+
+    def _put(self, name: str, share: Part, place: Part, into: Tensor) -> None:
+        place.put(self._own(name, share), into)
 
     def _receive(self, place: Part, whole: Tensor, source: int) -> None:
         """Fill a part of `whole` from another rank; rows go straight to their place."""
@@ -121,9 +160,20 @@ class Held:
             start, end = place.ranges[0][0]
             self.peers.receive(whole[start:end], source)
             return
-        received = torch.empty(place.shape, dtype=whole.dtype)
+        received = self._block.tensor(place.shape, whole.dtype)
         self.peers.receive(received, source)
         place.put(received, whole)
+
+
+def _blocks(share: Part, dtype: torch.dtype) -> Iterator[Part]:
+    """The share in rows of it that can be sent at a time."""
+    if share.numel * dtype.itemsize <= BLOCK_BYTES:
+        yield share
+        return
+    num_rows = share.shape[0]
+    step = max(BLOCK_BYTES * num_rows // (share.numel * dtype.itemsize), 1)
+    for start in range(0, num_rows, step):
+        yield share.narrow(0, start, min(step, num_rows - start))
 
 
 def trained_values(model: nn.Module, held: Held) -> dict[str, Tensor]:

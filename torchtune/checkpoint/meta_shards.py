@@ -6,24 +6,17 @@ Names and rows are translated in layouts.py, `params.json` in meta_params.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from torchtune.checkpoint.headers import TensorHeader, WeightSource
+from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 
 # The dimension along which ranks share a matrix; what is not here each rank has whole.
 SHARED_DIM = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0}
 EMBEDDING, NORM = "tok_embeddings.weight", "norm.weight"
-
-
-class Shard(WeightSource, Protocol):
-    """A file with a share of the tensors."""
-
-    def read_into(self, tensor: Tensor, name: str) -> None:
-        """Fill a tensor of the same shape and type."""
 
 
 class ConsolidatedShards(WeightSource):
@@ -35,7 +28,7 @@ class ConsolidatedShards(WeightSource):
         CheckpointError: a file lacks a tensor that another has, or has it in another shape.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[WeightSource]) -> None:
         self._shards = shards
         # Llama 3 shares the embedding by rows, its predecessors by columns.
         norm, embedding = (shards[0].headers.get(name) for name in (NORM, EMBEDDING))
@@ -52,8 +45,9 @@ class ConsolidatedShards(WeightSource):
         header = self.headers[name]
         whole, start = torch.empty(header.shape, dtype=header.dtype), 0
         for shard in self._shards:
-            size = shard.headers[name].shape[dim]
-            shard.read_into(whole.narrow(dim, start, size), name)
+            shape = shard.headers[name].shape
+            size = shape[dim]
+            shard.read_into(whole.narrow(dim, start, size), name, Part.all_of(shape))
             start += size
         return whole
 

@@ -223,15 +223,19 @@ class Checkpoint:
         Args:
             dtype: the one that it is wanted in; by default the stored one.
         """
-        # One copy of the weights in memory: a tensor that is stored whole is read into its place.
-        if [piece.index for piece in pieces] == [()]:
-            return self.weights.read_part(pieces[0].name, part).to(device=device, dtype=dtype)
-        held = torch.empty(part.shape, dtype=dtype or self.tensors[pieces[0].name].dtype, device=device)
+        first = self.tensors[pieces[0].name]
+        if [piece.index for piece in pieces] == [()] and dtype in (None, first.dtype):
+            return self.weights.read_part(pieces[0].name, part).to(device)
+        held = torch.empty(part.shape, dtype=dtype or first.dtype, device=device)
         for piece in pieces:
-            region = piece.region(part.whole)
-            common = part.meet(region)
-            if common.numel:
-                read = self.weights.read_part(piece.name, piece.stored(common.inside(region))).view(common.shape)
+            common = part.meet(piece.region(part.whole))
+            stored = piece.stored(common.inside(piece.region(part.whole)))
+            places = [mine for mine, _ in part.overlaps(common)]
+            # One copy of the weights in memory: what is one block here is read into its place.
+            if len(places) == 1:
+                self.weights.read_into(held[places[0]].view(stored.shape), piece.name, stored)
+            elif places:
+                read = self.weights.read_part(piece.name, stored).view(common.shape)
                 for mine, theirs in part.overlaps(common):
                     held[mine].copy_(read[theirs])
         return held

@@ -55,12 +55,12 @@ class PickleFile:
             return self._plain.read_part(name, part)
         return part.of(self.peek(name)).clone(memory_format=torch.contiguous_format)
 
-    def read_into(self, tensor: Tensor, name: str) -> None:
-        """Fill a contiguous tensor of the same shape and type."""
+    def read_into(self, into: Tensor, name: str, part: Part) -> None:
+        """Fill a tensor of the part's shape."""
         if name in self._plain.places:
-            self._plain.read_into(tensor, name)
+            self._plain.read_into(into, name, part)
         else:
-            tensor.copy_(self.peek(name))
+            into.copy_(part.of(self.peek(name)))
 
     def peek(self, name: str) -> Tensor:
         """One tensor to look at while the file is open; it may be mapped."""

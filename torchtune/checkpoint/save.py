@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchtune.checkpoint.folder import INDEX, SAFETENSORS, SINGLE, writing_rank
-from torchtune.checkpoint.held import Held
+from torchtune.checkpoint.held import Held, Scratch
 from torchtune.checkpoint.open import TIED_HEADS, Checkpoint
 from torchtune.checkpoint.tensor_writer import TensorWriter
 from torchtune.distributed.part import parts
@@ -162,6 +162,7 @@ class _Writer:
         self._folder, self._checkpoint, self._values, self._held = folder, checkpoint, values, held
         self._needs_held: Callable[[str], bool] = getattr(values, "needs_held", lambda name: True)
         self._made: tuple[str, Tensor] | None = None
+        self._scratch = Scratch()
 
     def write(self, files: Mapping[str, Sequence[_Entry]]) -> None:
         """All files."""
@@ -201,7 +202,7 @@ class _Writer:
             return held.attempt(self._carried, entry) if held.peers.rank == at else None
         if self._values is None:
             region = piece.region(held.parts[own_name].whole)
-            return held.put_together(own_name, at, region=region, dtype=entry.dtype)
+            return held.put_together(own_name, at, region=region, dtype=entry.dtype, scratch=self._scratch)
         if not is_next:
             given = held.put_together(own_name, at) if self._needs_held(own_name) else held.tensors[own_name]
             if held.peers.rank == at:

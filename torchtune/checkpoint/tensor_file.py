@@ -34,6 +34,7 @@ class TensorFile:
         self.places = places
         self._path = path
         self._file = path.open("rb", buffering=0)
+        self._block: Tensor | None = None
 
     def read(self, name: str) -> Tensor:
         """One tensor on the CPU.
@@ -41,18 +42,7 @@ class TensorFile:
         Raises:
             CheckpointError: the file ends within it, so it was cut after its header was read.
         """
-        header, _ = self.places[name]
-        tensor = torch.empty(header.shape, dtype=header.dtype)
-        self.read_into(tensor, name)
-        return tensor
-
-    def read_into(self, tensor: Tensor, name: str) -> None:
-        """Fill a contiguous tensor of the same shape and type.
-
-        Raises: as `read`.
-        """
-        if tensor.numel():
-            self._fill(_memory(tensor), name, self.places[name][1])
+        return self.read_part(name, Part.all_of(self.places[name][0].shape))
 
     def read_part(self, name: str, part: Part) -> Tensor:
         """A part of one tensor on the CPU; what lies between its rows is gone through in blocks, and not kept.
@@ -60,10 +50,17 @@ class TensorFile:
         Raises: as `read`.
         """
         held = torch.empty(part.shape, dtype=self.places[name][0].dtype)
-        if held.numel():
-            for mine, theirs in part.rectangles():
-                self._read_block(held[mine], name, theirs)
+        self.read_into(held, name, part)
         return held
+
+    def read_into(self, into: Tensor, name: str, part: Part) -> None:
+        """Fill a tensor of the part's shape: straight from the file where it is as it lies there, else block by block.
+
+        Raises: as `read`.
+        """
+        if into.numel():
+            for mine, theirs in part.rectangles():
+                self._read_block(into[mine], name, theirs)
 
     def close(self) -> None:
         """Close the file."""
@@ -77,7 +74,7 @@ class TensorFile:
         inner = math.prod(header.shape[dim + 1 :]) * header.dtype.itemsize
         if dim == 0:
             first = block[0].start if block else 0
-            self._fill(_memory(into), name, begin + first * inner)
+            self._read_run(into, name, begin + first * inner)
             return
         # Along `dim` the block is a stretch of each row.
         row_bytes = header.shape[dim] * inner
@@ -93,15 +90,34 @@ class TensorFile:
         """The same bytes of rows that lie one after the other; `into` has a row for each."""
         if _len(stretch) >= STRETCH_BYTES:
             for index, row in enumerate(into):
-                self._fill(_memory(row), name, begin + index * row_bytes + stretch.start)
+                self._read_run(row, name, begin + index * row_bytes + stretch.start)
             return
         num_rows = max(BLOCK_BYTES // row_bytes, 1)
         buffer = torch.empty(min(num_rows, len(into)), row_bytes, dtype=torch.uint8)
         for index in range(0, len(into), num_rows):
             rows = into[index : index + num_rows]
             self._fill(_memory(buffer[: len(rows)]), name, begin + index * row_bytes)
-            chosen = buffer[: len(rows), stretch].contiguous().view(into.dtype)
+            chosen = buffer[: len(rows), stretch].contiguous().view(self.places[name][0].dtype)
             rows.copy_(chosen.view(rows.shape))
+
+    def _read_run(self, into: Tensor, name: str, begin: int) -> None:
+        """What lies in one run of bytes, as a tensor of any type and strides."""
+        dtype = self.places[name][0].dtype
+        if into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous():
+            self._fill(_memory(into), name, begin)
+            return
+        num_bytes = into.numel() * dtype.itemsize
+        if num_bytes <= BLOCK_BYTES:
+            # One block for all: a new one for each would leave holes that the allocator does not fill.
+            self._block = torch.empty(BLOCK_BYTES, dtype=torch.uint8) if self._block is None else self._block
+            block = self._block[:num_bytes]
+            self._fill(_memory(block), name, begin)
+            into.copy_(block.view(dtype).view(into.shape))
+            return
+        row_bytes = num_bytes // len(into)
+        step = BLOCK_BYTES // row_bytes
+        for index in range(0, len(into), step or 1):
+            self._read_run(into[index : index + step] if step else into[index], name, begin + index * row_bytes)
 
     def _fill(self, memory: memoryview, name: str, start: int) -> None:
         self._file.seek(start)
