@@ -61,7 +61,6 @@ REFUSED = {
         ("by operator", "compiled"),
         ("in backward", "2 micro-batches"),
         ("in backward", "replicate"),
-        ("in backward", "TP"),
     )
 }
 
