@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 BEST = "best"
 STEP = re.compile(r"step_(\d+)")
 HIDDEN = ".step_"
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 2**20
 
 
 def write_step(output_dir: Path, step: int, write: Callable[[Path], None], *, peers: Peers | None = None) -> Path:
