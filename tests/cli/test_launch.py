@@ -183,6 +183,24 @@ def test_one_group_after_the_other(job, tmp_path):
 
 
 @pytest.mark.timeout(180)
+def test_what_a_program_leaves_for_its_end_is_done(job, tmp_path):
+    """Threads run out, and what was registered is called, as trackers need it; the status is the program's own."""
+    code, stderr = finish(
+        job(
+            """
+            import atexit, threading
+            atexit.register(note, "registered")
+            threading.Thread(target=lambda: (time.sleep(1), note("thread"))).start()
+            sys.exit(7)
+            """,
+            *("--nproc_per_node", "1"),
+        )
+    )
+    assert code == 7, stderr
+    assert noted(tmp_path) == [["thread", "registered"]]
+
+
+@pytest.mark.timeout(180)
 def test_what_is_wrong_on_all_ranks_is_told_once(job):
     """And its status is that of a wrong option."""
     code, stderr = finish(job('raise ConfigError("no such thing", key="thing")', "--nproc_per_node", "3"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -23,19 +25,35 @@ def run_rank(arguments: Sequence[str]) -> NoReturn:
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a wish to save that comes before there is anything to save
     try:
-        code = call(list(arguments))
+        code = _called(arguments)
+        _do_what_is_left()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
         code = exit_code(error)
         _tell_if_first(error)
-    if code:
-        # An orderly end could abort in the process group's threads, whose peers are ending too; the status would then
-        # be a signal's and not the failure's.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    # An orderly end now and then aborts in a thread of the process group's, whose peers are ending too; the status
+    # would then be that signal's, and a run that is done would count as one that was lost.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _called(arguments: Sequence[str]) -> int:
+    try:
+        return call(list(arguments))
+    except SystemExit as end:  # a script's own way to say it
+        if isinstance(end.code, str):
+            tell(end.code)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def _do_what_is_left() -> None:
+    """What Python does at the end of a program: wait for its threads, call what was registered for the end."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
 
 
 def is_final(error_data: Mapping[str, Any]) -> bool:
