@@ -23,6 +23,8 @@ class RankPool:
     def run(self, function, *args, timeout_s=60):
         """Call `function(*args)` on every rank; it must be found by its module's name. Returns the results by rank.
 
+        The processes go on with other tests: what the function sets in a module it must set back.
+
         Raises:
             AssertionError: it raised on a rank, or did not end in time; says what it said.
         """

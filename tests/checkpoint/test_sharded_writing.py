@@ -58,10 +58,12 @@ def tensors_of(folder):
 
 
 def save_in_parts(folder, target, how, min_shard_bytes):
-    saving.MIN_SHARD_BYTES, holding.BLOCK_BYTES = min_shard_bytes, 500
-    model, checkpoint = built_in_parts(folder, how)
-    checkpoint.load_into(model)
-    save_model(target, model, checkpoint)
+    with pytest.MonkeyPatch.context() as patched:  # the ranks go on with other tests
+        patched.setattr(saving, "MIN_SHARD_BYTES", min_shard_bytes)
+        patched.setattr(holding, "BLOCK_BYTES", 500)
+        model, checkpoint = built_in_parts(folder, how)
+        checkpoint.load_into(model)
+        save_model(target, model, checkpoint)
 
 
 @pytest.mark.parametrize("num_ranks", HOW)
@@ -200,11 +202,11 @@ def test_state_that_can_not_be_split_is_refused(dense, tmp_path, two_ranks):
 
 def fail_in(source, out, where, failing):
     """A save in which one rank fails; what each raises."""
-    saving.MIN_SHARD_BYTES = 1000
     model, checkpoint = built_in_parts(source, "shard")
     checkpoint.load_into(model)
     fails = dist.get_rank() == failing
-    with open_peers() as peers:
+    with open_peers() as peers, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(saving, "MIN_SHARD_BYTES", 1000)
         held = Held.by(model, peers)
 
         def write(folder):

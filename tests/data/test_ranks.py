@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import torchtune.data.prepare
 from tests.data.made_samples import MadeSource, random_lengths
 from torchtune.data.dataset import open_dataset
 from torchtune.data.loader import DataLoader
@@ -236,14 +235,15 @@ def checked(path, checkpoint, together, options):
     """What the check finds: the report, every stored sample, or the error; and how many texts were encoded here."""
     from torchtune.checkpoint.open import open_checkpoint
 
-    torchtune.data.prepare.CHUNK_ROWS = 3
     opened = open_checkpoint(checkpoint)
     dataset = open_dataset(DatasetOptions(path=path, **options), opened.tokenizer(), opened.chat_template)
     rendered = []
     render = dataset.renderer.render
     dataset.renderer.render = lambda rows: rendered.extend(rows) or render(rows)
     try:
-        prepared = dataset.prepare(max_seq_len=60, together=together)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("torchtune.data.prepare.CHUNK_ROWS", 3)
+            prepared = dataset.prepare(max_seq_len=60, together=together)
     except DataError as error:
         return str(error), None, len(rendered)
     samples = [(s.input_ids.tolist(), s.trained.tolist(), s.source, s.row) for s in prepared.checked_samples()]

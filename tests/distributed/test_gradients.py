@@ -1,9 +1,9 @@
 """The sum of gradients over an axis, in buckets."""
 
+import pytest
 import torch
 from torch import nn
 
-import torchtune.distributed.gradients
 from torchtune.distributed.gradients import sum_gradients
 from torchtune.distributed.mesh import MeshSizes, open_mesh
 
@@ -17,13 +17,9 @@ def gradient(index, rank):
 
 def summed(bucket_bytes, dtype):
     """The gradients of a model, some missing on one rank, one transposed in memory, one frozen."""
-    module, before = torchtune.distributed.gradients, torchtune.distributed.gradients.BUCKET_BYTES
-    module.BUCKET_BYTES = bucket_bytes
-    try:
-        with open_mesh(MeshSizes(), torch.device("cpu")) as mesh:
-            return _summed(mesh.tokens, dtype)
-    finally:
-        module.BUCKET_BYTES = before
+    with pytest.MonkeyPatch.context() as patched, open_mesh(MeshSizes(), torch.device("cpu")) as mesh:
+        patched.setattr("torchtune.distributed.gradients.BUCKET_BYTES", bucket_bytes)
+        return _summed(mesh.tokens, dtype)
 
 
 def _summed(axis, dtype):

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import torchtune.distributed.gradients
 from tests.communication import Counting
 from torchtune.data.batch import collate
 from torchtune.data.sample import Sample
@@ -125,11 +124,9 @@ def step_of(config, sizes, options):
 
 
 def buckets():
-    torchtune.distributed.gradients.BUCKET_BYTES, before = 4 * 1500, torchtune.distributed.gradients.BUCKET_BYTES
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("torchtune.distributed.gradients.BUCKET_BYTES", 4 * 1500)
         return step(TIED, MeshSizes(replicate=2))
-    finally:
-        torchtune.distributed.gradients.BUCKET_BYTES = before
 
 
 def test_buckets_are_filled(two_ranks):
