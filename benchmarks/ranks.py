@@ -38,6 +38,8 @@ SCHEMES = {
     "copies": ["data_parallel_replicate={ranks}"],
     "fsdp": [],
     "fsdp, layers kept": ["fsdp_reshard_after_forward=false"],
+    "fsdp, summed once": ["fsdp_sum_once=true"],
+    "fsdp, kept, summed once": ["fsdp_reshard_after_forward=false", "fsdp_sum_once=true"],
     "fsdp, summed in bf16": ["fsdp_reduce_dtype=bf16"],
     "fsdp, kept and in bf16": ["fsdp_reshard_after_forward=false", "fsdp_reduce_dtype=bf16"],
     "tensor parallel": ["tensor_parallel={ranks}"],
@@ -57,8 +59,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--pack-tokens", type=int, default=2048)
+    parser.add_argument("--step-tokens", type=int, default=16_384, help="the recipe's own choice is up to 32,768")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--keys", nargs="*", default=[], help="of the recipe, for every run")
     parser.add_argument("--name", default="ranks")
@@ -104,7 +107,8 @@ def seconds_per_token(out: Path, name: str, model: Path, rows: Path, options: ar
     command += ["full_finetune", f"model_checkpoint={model}", f"dataset={rows}", f"output_dir={out}"]
     command += [f"device={options.device}", f"max_steps={options.steps}", "save_last=false"]
     command += [f"max_seq_len={options.pack_tokens}", "batch_size=1"]
-    command += [f"gradient_accumulation_steps={options.ranks if shares_rows else 1}"]
+    packs = options.step_tokens // options.pack_tokens
+    command += [f"gradient_accumulation_steps={packs if shares_rows else packs // options.ranks}"]
     command += [key.format(ranks=ranks) for key in SCHEMES[name]] + options.keys
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(options.threads // ranks, 1))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -126,7 +130,8 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> None
         "",
         f"{device}; Python {platform.python_version()}, torch {torch.__version__}.",
         f"Command: `python benchmarks/ranks.py {' '.join(sys.argv[1:])}`".rstrip("` ") + "`",
-        f"Steps of {options.ranks} packs of {options.pack_tokens:,} tokens; {options.rounds} interleaved runs of each, "
+        f"Steps of {options.step_tokens // options.pack_tokens} packs of {options.pack_tokens:,} tokens; "
+        f"{options.rounds} interleaved runs of each, "
         f"{options.steps - SKIPPED_STEPS} steps of a run count.",
         "",
         "| | tokens/s, fastest step | ratio | tokens/s, median step | ratio |",

@@ -16,6 +16,9 @@ KINDS = {
     "_reduce_scatter_base_": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
     "all_to_all_single": "all_to_all",
+    # FSDP's on the CPU (parallel/host_transfers.py): a broadcast from each rank is a gather, an exchange a scatter.
+    "broadcast_": "broadcast",
+    "alltoall_base_": "all_to_all",
 }
 NOT_SENDING = {"wait_tensor", "_wrap_tensor_autograd"}
 

@@ -1,6 +1,7 @@
 """What a training step sends, against the formulae of each scheme: nothing is gathered twice or wider than said.
 
 Letters: L layers, D hidden_size, T tokens of a rank's micro-batch, R ranks; fp32, so 4 bytes an element.
+On the CPU FSDP's gather is a broadcast from each rank, its scatter an exchange (parallel/host_transfers.py).
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchtune.models.build import build_model
 from torchtune.modules.losses import LinearCrossEntropy
 from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
-from torchtune.parallel.fsdp import apply_fsdp
+from torchtune.parallel.fsdp import apply_fsdp, defer_sums
 from torchtune.parallel.gradients import GradientSums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
@@ -56,7 +57,7 @@ def batch_of(data_rank):
     return collate([[Sample(ids, np.arange(T) > 0)]])
 
 
-def step(config, sizes, *, dtype=torch.float32, num_micro_batches=1, checkpointed=False, **fsdp):
+def step(config, sizes, *, dtype=torch.float32, num_micro_batches=1, checkpointed=False, sums_once=False, **fsdp):
     """What this rank sends in the forward passes, the backward passes and the sum of gradients of one step."""
     with open_mesh(sizes, torch.device("cpu")) as mesh:
         torch.manual_seed(0)
@@ -70,7 +71,8 @@ def step(config, sizes, *, dtype=torch.float32, num_micro_batches=1, checkpointe
         batch = shard_context(batch_of(mesh.data.rank), mesh.context)
         phases = {}
         with Counting() as counting:
-            for _ in range(num_micro_batches):
+            for index in range(num_micro_batches):
+                defer_sums(model, sums_once and index + 1 < num_micro_batches)
                 with autocast(model, dtype):
                     loss = model(
                         batch.input_ids,
@@ -146,34 +148,43 @@ def test_fsdp_gathers_each_matrix_for_a_pass_and_scatters_its_gradient(two_ranks
     tied = config is TIED
     groups = L + 1 if tied else L + 2
     sent = same_on_all(two_ranks.run(step_of, config, MeshSizes(), {"checkpointed": checkpointed}))
-    assert sent["forward"] == {"all_gather": (groups, 4 * matrices)}
+    assert sent["forward"] == {"broadcast": (2 * groups, 4 * matrices)}
     # The root's, which is the head (tied: the embedding too), is still there.
-    assert sent["backward"]["all_gather"] == (groups - 1, 4 * matrices - embedding)
-    assert sent["backward"]["reduce_scatter"] == (groups, 4 * matrices)
+    assert sent["backward"]["broadcast"] == (2 * (groups - 1), 4 * matrices - embedding)
+    assert sent["backward"]["all_to_all"] == (groups, 4 * matrices)
     assert sent["sum"] == {"all_reduce": (1, 4 * others)}
 
 
 def test_fsdp_without_resharding_gathers_once(two_ranks):
     _, matrices, _ = numbers(TIED)
     sent = same_on_all(two_ranks.run(step_of, TIED, MeshSizes(), {"reshard_after_forward": False}))
-    assert sent["forward"] == {"all_gather": (L + 1, 4 * matrices)}
-    assert sent["backward"] == {"reduce_scatter": (L + 1, 4 * matrices)}
+    assert sent["forward"] == {"broadcast": (2 * (L + 1), 4 * matrices)}
+    assert sent["backward"] == {"all_to_all": (L + 1, 4 * matrices)}
 
 
 def test_fsdp_gathers_in_the_computed_type_and_sums_in_float32(two_ranks):
     _, matrices, others = numbers(TIED)
     sent = same_on_all(two_ranks.run(step_of, TIED, MeshSizes(), {"dtype": torch.bfloat16}))
-    assert sent["forward"] == {"all_gather": (L + 1, 2 * matrices)}
-    assert sent["backward"]["reduce_scatter"] == (L + 1, 4 * matrices)
+    assert sent["forward"] == {"broadcast": (2 * (L + 1), 2 * matrices)}
+    assert sent["backward"]["all_to_all"] == (L + 1, 4 * matrices)
+    assert sent["sum"] == {"all_reduce": (1, 4 * others)}
+
+
+@pytest.mark.parametrize(("sums_once", "sums"), [(False, 3), (True, 1)])
+def test_fsdp_scatters_each_micro_batch_or_once(two_ranks, sums_once, sums):
+    _, matrices, others = numbers(TIED)
+    options = {"num_micro_batches": 3, "sums_once": sums_once}
+    sent = same_on_all(two_ranks.run(step_of, TIED, MeshSizes(), options))
+    assert sent["backward"]["all_to_all"] == (sums * (L + 1), sums * 4 * matrices)
     assert sent["sum"] == {"all_reduce": (1, 4 * others)}
 
 
 def test_fsdp_of_replicas_adds_a_sum_of_shares(four_ranks):
     _, matrices, others = numbers(TIED)
     sent = same_on_all(four_ranks.run(step_of, TIED, MeshSizes(replicate=2), {}))
-    assert sent["forward"] == {"all_gather": (L + 1, 4 * matrices)}
-    assert sent["backward"]["all_gather"][0] == L
-    assert sent["backward"]["reduce_scatter"] == (L + 1, 4 * matrices)
+    assert sent["forward"] == {"broadcast": (2 * (L + 1), 4 * matrices)}
+    assert sent["backward"]["broadcast"][0] == 2 * L
+    assert sent["backward"]["all_to_all"] == (L + 1, 4 * matrices)
     assert sent["backward"]["all_reduce"] == (L + 1, 4 * matrices // 2)
     assert sent["sum"] == {"all_reduce": (1, 4 * others)}
 
@@ -199,12 +210,10 @@ def test_tensor_ranks_within_fsdp_send_half_of_each(four_ranks):
     _, matrices, vectors = numbers(LLAMA)
     tokens = 4 * T * D
     sent = same_on_all(four_ranks.run(step_of, LLAMA, MeshSizes(tensor=2), {}))
-    num, num_bytes = sent["forward"]["all_gather"]
-    assert num == (L + 2) + (2 * L + 2)
-    assert num_bytes == 4 * matrices // 2 + (2 * L + 1) * tokens + 4 * 2 * (T - 1) * 3
-    num, num_bytes = sent["backward"]["reduce_scatter"]
-    assert num == (L + 2) + (2 * L + 1)
-    assert num_bytes == 4 * matrices // 2 + (2 * L + 1) * tokens
+    assert sent["forward"]["broadcast"] == (2 * (L + 2), 4 * matrices // 2)
+    assert sent["forward"]["all_gather"] == (2 * L + 2, (2 * L + 1) * tokens + 4 * 2 * (T - 1) * 3)
+    assert sent["backward"]["all_to_all"] == (L + 2, 4 * matrices // 2)
+    assert sent["backward"]["reduce_scatter"] == (2 * L + 1, (2 * L + 1) * tokens)
     assert sent["sum"] == {"all_reduce": (2, 2 * 4 * vectors)}  # over the tokens axis, over the tensor axis
 
 
@@ -214,14 +223,13 @@ def test_experts_exchange_tokens_twice_a_layer_and_pass(two_ranks):
     _, matrices, _ = numbers(MIXTRAL)
     experts = L * 4 * 3 * D * 32
     for sent in two_ranks.run(step_of, MIXTRAL, MeshSizes(expert=2), {}):
-        for phase, exchanges in (("forward", 3 * L), ("backward", 2 * L)):
-            num, num_bytes = sent[phase]["all_to_all"]
-            assert num == exchanges
-            rows = num_bytes - (L * counts if phase == "forward" else 0)
-            assert 2 * L * own <= rows <= 2 * 2 * L * own
         # The experts are nobody else's, so nothing of theirs is gathered or summed.
-        assert sent["forward"]["all_gather"][1] == 4 * (matrices - experts)
-        assert sent["backward"]["reduce_scatter"][1] == 4 * (matrices - experts)
+        assert sent["forward"]["broadcast"][1] == 4 * (matrices - experts)
+        scatters, scattered = L + 2, 4 * (matrices - experts)
+        for phase, exchanges, besides in (("forward", 3 * L, L * counts), ("backward", 2 * L, scattered)):
+            num, num_bytes = sent[phase]["all_to_all"]
+            assert num == exchanges + (scatters if phase == "backward" else 0)
+            assert 2 * L * own <= num_bytes - besides <= 2 * 2 * L * own
 
 
 def test_context_ranks_gather_keys_and_values_once_a_layer(two_ranks):

@@ -11,7 +11,7 @@ from torchtune.distributed.part import is_sharded, local, parts
 from torchtune.models.build import build_model
 from torchtune.modules.documents import Documents
 from torchtune.modules.losses import LinearCrossEntropy
-from torchtune.parallel.fsdp import apply_fsdp, reshard
+from torchtune.parallel.fsdp import apply_fsdp, defer_sums, reshard
 from torchtune.parallel.gradients import GradientSums
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 from torchtune.training.precision import autocast
@@ -80,9 +80,13 @@ def compare(name, sizes, dtype, tolerance, **options):
         alone = copy.deepcopy(model)
         if options.pop("checkpointed", False):
             apply_activation_checkpointing(model.model.layers)
+        sums_once, own_loss = options.pop("sums_once", False), 0.0
         apply_fsdp(model, mesh, dtype=dtype, **options)
         stepped = SteppedParameters(model)
-        loss = mesh.tokens.sum(backward(model, [batch_of(dist.get_rank())] * 2, dtype))  # accumulated
+        for last in (False, True):  # accumulated
+            defer_sums(model, sums_once and not last)
+            own_loss = own_loss + backward(model, [batch_of(dist.get_rank())], dtype)
+        loss = mesh.tokens.sum(own_loss)
         stepped.take_gradients()
         sums = GradientSums(model, mesh)
         sums.sum(stepped.by_name)
@@ -112,6 +116,9 @@ def many(num_ranks):
                 compare(name, sizes, torch.float64, 1e-10)
     compare("llama", MeshSizes(), torch.float64, 1e-10, reshard_after_forward=False)
     compare("llama", MeshSizes(), torch.float64, 1e-10, checkpointed=True)
+    for name in CONFIGS:
+        compare(name, MeshSizes(), torch.float64, 1e-10, sums_once=True)
+    compare("llama", MeshSizes(replicate=2), torch.float64, 1e-10, sums_once=True)
 
 
 @pytest.mark.timeout(120)
@@ -124,6 +131,7 @@ def test_gradients_are_those_of_one_device(request, num_ranks):
 def half_precision():
     for name in CONFIGS:
         compare(name, MeshSizes(), torch.bfloat16, 2e-2)
+        compare(name, MeshSizes(), torch.bfloat16, 2e-2, sums_once=True)
 
 
 def test_in_half_precision_only_the_order_of_sums_differs(two_ranks):

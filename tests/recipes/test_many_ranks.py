@@ -12,7 +12,7 @@ SCHEMES = {
     2: {
         "replicate": ("data_parallel_replicate=2",),
         "fsdp": (),
-        "fsdp-kept": ("fsdp_reshard_after_forward=false",),
+        "fsdp-kept": ("fsdp_reshard_after_forward=false", "fsdp_sum_once=true"),
         "tensor": ("tensor_parallel=2",),
         "context": ("context_parallel=2",),
     },

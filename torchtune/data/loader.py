@@ -61,6 +61,8 @@ class DataLoader:
             have the same.
         together: all ranks of the process group iterate over such a loader side by side, and so each reads a
             part of the rows that are not in memory. By default it reads them all.
+        head_cost: what the model's head adds for a trained token, where a token's way through the layers takes 1;
+            ranks are dealt micro-batches that take as long.
         num_workers: processes that tokenise; 0 means a thread.
         window: rows that are packed together; None chooses.
     """
@@ -78,6 +80,7 @@ class DataLoader:
         rank: int = 0,
         world_size: int = 1,
         together: bool = False,
+        head_cost: float = 0.0,
         num_workers: int = 0,
         window: WindowSize | None = None,
     ) -> None:
@@ -90,6 +93,7 @@ class DataLoader:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.head_cost = head_cost
         # What lies in memory needs nobody to make it.
         self.num_workers = 0 if source.all_checked else num_workers
         self._window = window or (WINDOW_IN_MEMORY if source.all_checked else WINDOW_TOKENISED_AHEAD)
@@ -146,8 +150,8 @@ class DataLoader:
         ahead = self._ahead = self._read_ahead(self._position)
         try:
             for packs, after in self._steps(self._windows(ahead, self._position), self._position):
-                micro_batches = deal(packs, world_size=self.world_size, batch_size=self.batch_size)[self.rank]
-                batches = [collate([pack.samples for pack in micro_batch]) for micro_batch in micro_batches]
+                dealt = deal(packs, world_size=self.world_size, batch_size=self.batch_size, head_cost=self.head_cost)
+                batches = [collate([pack.samples for pack in micro_batch]) for micro_batch in dealt[self.rank]]
                 self._position = after  # before it is given out: the loop saves while it holds the step
                 yield batches
                 if self._ahead is not ahead:

@@ -4,7 +4,7 @@
     windows              the next rows of that order, until full           WindowSize
     packs                a window's samples, packed, in a seeded order     Plan.windows
     steps                the next packs, over the windows' borders         loader.py
-    micro-batches        a step's packs, dealt to ranks by their tokens    deal
+    micro-batches        a step's packs, dealt to ranks by their cost      deal
 
 Each line is a pure function of the seed, the epoch and the rows of the window. So a place in an epoch is two
 numbers, the window's first row and the packs of it that are gone, and neither the number of ranks nor that of
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import TypeVar
 
 from torchtune.data.packing import pack
@@ -63,14 +63,17 @@ class Pack:
 
     Attributes:
         num_rows: rows of the data set that begin in this pack (a row may give several samples).
+        num_tokens, num_trained: tokens of all samples, and those of them that are trained.
     """
 
     samples: tuple[Sample, ...]
     num_rows: int
     num_tokens: int = field(init=False)
+    num_trained: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_tokens", sum(len(sample.input_ids) for sample in self.samples))
+        object.__setattr__(self, "num_trained", sum(sample.num_trained for sample in self.samples))
 
 
 @dataclass(frozen=True)
@@ -155,28 +158,39 @@ class Plan:
         return pack(lengths, self.max_seq_len)
 
 
-def deal(packs: Sequence[Pack], *, world_size: int, batch_size: int) -> list[list[list[Pack]]]:
-    """Deal an optimizer step's packs to ranks and micro-batches, so that all of these have about the same tokens.
+def deal(packs: Sequence[Pack], *, world_size: int, batch_size: int, head_cost: float = 0.0) -> list[list[list[Pack]]]:
+    """Deal an optimizer step's packs to ranks and micro-batches, so that all of these take about as long.
 
     Every rank gets the same number of micro-batches, as many as are needed for so many packs. The longest
-    packs are dealt first, each to the micro-batch with the fewest tokens that has room. When there are
-    fewer packs than micro-batches, some stay empty: their ranks run a dummy batch.
+    packs are dealt first, each to the micro-batch with the least to do that has room; of the micro-batches,
+    one after the other by what they take, ranks get the next in turn, forth and back. So those that ranks run
+    side by side are alike, and the sums of all are. When there are fewer packs than micro-batches, some stay
+    empty: their ranks run a dummy batch.
 
     Args:
         packs: at most world_size x gradient_accumulation_steps x batch_size, in the order of training.
+        head_cost: what the head adds for a trained token, where a token's way through the layers takes 1.
     Returns:
         Packs by rank and micro-batch; within a micro-batch in the order of training.
     """
+    costs = [pack.num_tokens + head_cost * pack.num_trained for pack in packs]
     num_micro_batches = -(-len(packs) // (world_size * batch_size))
-    dealt: list[list[list[int]]] = [[[] for _ in range(num_micro_batches)] for _ in range(world_size)]
-    open_ = [(0, micro, rank) for micro in range(num_micro_batches) for rank in range(world_size)]
-    heapify(open_)
-    for index in sorted(range(len(packs)), key=lambda i: -packs[i].num_tokens):
-        num_tokens, micro, rank = heappop(open_)
-        dealt[rank][micro].append(index)
-        if len(dealt[rank][micro]) < batch_size:
-            heappush(open_, (num_tokens + packs[index].num_tokens, micro, rank))
-    return [[[packs[index] for index in sorted(micro)] for micro in micros] for micros in dealt]
+    dealt: list[list[int]] = [[] for _ in range(num_micro_batches * world_size)]
+    open_ = [(0.0, number) for number in range(len(dealt))]
+    cost_of = [0.0] * len(dealt)
+    for index in sorted(range(len(packs)), key=lambda i: -costs[i]):
+        _, number = heappop(open_)
+        dealt[number].append(index)
+        cost_of[number] += costs[index]
+        if len(dealt[number]) < batch_size:
+            heappush(open_, (cost_of[number], number))
+    by_cost = [dealt[number] for number in sorted(range(len(dealt)), key=lambda i: -cost_of[i])]
+    of_ranks: list[list[list[Pack]]] = [[] for _ in range(world_size)]
+    for micro in range(num_micro_batches):
+        alike = by_cost[micro * world_size : (micro + 1) * world_size]
+        for own, numbers in zip(of_ranks, alike if micro % 2 == 0 else alike[::-1], strict=True):
+            own.append([packs[index] for index in sorted(numbers)])
+    return of_ranks
 
 
 def _num_tokens(samples: Sequence[Sample]) -> int:

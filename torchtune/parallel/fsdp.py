@@ -56,6 +56,8 @@ def apply_fsdp(
         return []
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+    from torchtune.parallel.host_transfers import use_host_transfers  # torch's FSDP takes a second to import
+
     if dtype == torch.float64:
         reduce_dtype = dtype  # who computes in it would lose it all in the sum
     frozen = {name: _num_shards(model, name, mesh) for name in packed if not model.get_parameter(name).requires_grad}
@@ -84,10 +86,21 @@ def apply_fsdp(
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        if mesh.fsdp.device_type == "cpu":
+            use_host_transfers(module)
     for index, layer in enumerate(layers if num_prefetched else ()):
         layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + num_prefetched])
         layer.set_modules_to_backward_prefetch(layers[max(index - num_prefetched, 0) : index][::-1])
     return [name for name in whole if frozen[name] > 1]
+
+
+def defer_sums(model: nn.Module, deferred: bool) -> None:
+    """Say before a backward pass whether its gradients stay whole on this rank, to be summed with those of a later one.
+
+    That sends a step's gradients once, however many micro-batches it has; each rank holds all of them meanwhile.
+    """
+    for module in _sharded_modules(model):
+        module.set_requires_gradient_sync(not deferred, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtune.checkpoint.open import Checkpoint
 from torchtune.data.loader import DataLoader
 from torchtune.data.mix import MixReport
 from torchtune.data.report import Report
@@ -88,6 +89,17 @@ def choose_lr(num_parameters: int) -> float:
 def choose_lora_lr(num_parameters: int) -> float:
     """The peak learning rate of a LoRA fine-tune by AdamW: ten times a full one's."""
     return LORA_LR_RATIO * choose_lr(num_parameters)
+
+
+def head_cost(checkpoint: Checkpoint) -> float:
+    """What the head adds for a token that is trained, where a token's way through the layers takes 1.
+
+    By the sizes of their matrices; of a mixture of experts all experts count, though a token meets few of them.
+    """
+    vocab_size = checkpoint.config.get("vocab_size")
+    shapes = [header.shape for header in checkpoint.tensors.values()]
+    of_vocabulary = [math.prod(shape) for shape in shapes if len(shape) == 2 and shape[0] == vocab_size]
+    return max(of_vocabulary, default=0) / max(checkpoint.num_parameters - sum(of_vocabulary), 1)
 
 
 def choose_warmup(num_warmup_steps: int | None, total_steps: int | None) -> int:

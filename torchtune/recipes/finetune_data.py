@@ -155,14 +155,22 @@ def open_loaders(
     data = prepare_data(params, checkpoint, tokenizer, max_seq_len=limit, seed=state.seed, now=state.started)
     say(str(data.train.report))
     batching = choices.choose_batching(params, data.train.report, limit=limit, world_size=mesh.data.size)
-    sampler, train, held_out = _deal(data, params, batching, seed=state.seed, mesh=mesh, until=until)
+    costs = choices.head_cost(checkpoint)
+    sampler, train, held_out = _deal(data, params, batching, seed=state.seed, head_cost=costs, mesh=mesh, until=until)
     if saved is not None and state.steps_in_epoch:
         train.load_state_dict(saved.state["dataloader"])
     return FinetuneLoaders(batching, sampler, train, held_out)
 
 
 def _deal(
-    data: FinetuneData, params: FinetuneParams, batching: Batching, *, seed: int, mesh: Mesh, until: ExitStack
+    data: FinetuneData,
+    params: FinetuneParams,
+    batching: Batching,
+    *,
+    seed: int,
+    head_cost: float,
+    mesh: Mesh,
+    until: ExitStack,
 ) -> tuple[RowSampler, DataLoader, DataLoader | None]:
 
     def loader(source: Prepared | Mix, sampler: RowSampler) -> DataLoader:
@@ -178,6 +186,7 @@ def _deal(
             rank=mesh.data.rank,
             world_size=mesh.data.size,
             together=True,
+            head_cost=head_cost,
             num_workers=params.num_workers,
         )
         return until.enter_context(made)

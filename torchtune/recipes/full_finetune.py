@@ -33,7 +33,7 @@ from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
-from torchtune.parallel.fsdp import apply_fsdp
+from torchtune.parallel.fsdp import apply_fsdp, defer_sums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
@@ -236,6 +236,7 @@ class FullFinetuneRecipe:
                         seed_everything(self.state.seed, step, self._mesh.place_of(index, len(micro_batches)))
                         batch = shard_context(batch, self._mesh.context, multiple=self._mesh.tensor.size)
                         batch = batch.to(self._device)
+                        defer_sums(self._model, self._params.fsdp_sum_once and index + 1 < len(micro_batches))
                         with self._autocast:
                             # The head runs inside the model, over trained positions alone.
                             loss = self._model(

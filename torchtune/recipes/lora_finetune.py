@@ -45,7 +45,7 @@ from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
-from torchtune.parallel.fsdp import apply_fsdp
+from torchtune.parallel.fsdp import apply_fsdp, defer_sums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.quantization.kinds import KINDS, packable, packer
 from torchtune.recipes.adapters import (
@@ -294,6 +294,7 @@ class LoRAFinetuneRecipe:
                         seed_everything(self.state.seed, step, self._mesh.place_of(index, len(micro_batches)))
                         batch = shard_context(batch, self._mesh.context, multiple=self._mesh.tensor.size)
                         batch = batch.to(self._device)
+                        defer_sums(self._model, self._params.fsdp_sum_once and index + 1 < len(micro_batches))
                         with self._autocast:
                             # The backward pass ends at the lowest adapter; the base has no gradient.
                             loss = self._model(

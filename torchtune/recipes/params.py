@@ -182,6 +182,10 @@ class FinetuneParams:
     fsdp_reduce_dtype: Literal["fp32", "bf16"] = Field(
         default="fp32", description="What gradients are summed in; bf16 halves what is sent."
     )
+    fsdp_sum_once: bool = Field(
+        default=False,
+        description="Sum gradients once a step, not every micro-batch: less to send, whole ones in memory.",
+    )
     fsdp_prefetch: int = Field(default=0, ge=0, description="Layers gathered ahead, besides the next; CUDA alone.")
 
     # What is seen and kept.
