@@ -12,7 +12,7 @@ from tests.models.oracle import save_random
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
-from torchtune.generation.generate import generate
+from torchtune.generation.generate import generate, generate_one
 from torchtune.models.build import build_model
 from torchtune.models.config import context_length
 
@@ -48,7 +48,7 @@ def test_case_c119_cached_tokens_equal_transformers_and_the_uncached_argmax(mode
     model, theirs, checkpoint = models
     prompt = json.loads(PROMPTS.read_text().splitlines()[line])["prompt"]
     ids = checkpoint.tokenizer().encode(prompt).ids
-    found = list(generate(model, ids, max_new_tokens=20))
+    found = list(generate_one(model, ids, max_new_tokens=20))
     expected = theirs.generate(
         torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=4
     )
@@ -57,10 +57,12 @@ def test_case_c119_cached_tokens_equal_transformers_and_the_uncached_argmax(mode
         assert model(torch.tensor([ids + found[:index]]))[0, -1].argmax() == token
 
 
-def test_case_c119_positions_beyond_the_model_are_refused(models):
-    """With prompt, new tokens and limit."""
-    with pytest.raises(ValueError, match=r"100 prompt tokens and 29 new ones .* 128"):
-        next(generate(models[0], [5] * 100, max_new_tokens=29))
+def test_case_c119_the_context_ends_an_answer_and_a_prompt_that_fills_it_is_refused(models):
+    """With prompt and limit."""
+    (*_, answer) = generate(models[0], [[5] * 100], max_new_tokens=29)
+    assert (len(answer.ids), answer.ended_by) == (28, "context")
+    with pytest.raises(ValueError, match=r"prompt 1 has 128 tokens, and the model 128 positions"):
+        list(generate(models[0], [[5], [5] * 128], max_new_tokens=1))
 
 
 def test_case_c121_stops_at_every_id_of_the_generation_config(models):
@@ -68,9 +70,9 @@ def test_case_c121_stops_at_every_id_of_the_generation_config(models):
     model, _, checkpoint = models
     assert checkpoint.stop_ids == [1, 3]
     ids = checkpoint.tokenizer().encode("hello").ids
-    free = list(generate(model, ids, max_new_tokens=8))
+    free = list(generate_one(model, ids, max_new_tokens=8))
     stop = free[3]
-    assert list(generate(model, ids, max_new_tokens=8, stop_ids={stop})) == free[: free.index(stop)]
+    assert list(generate_one(model, ids, max_new_tokens=8, stop_ids={stop})) == free[: free.index(stop)]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_text_that_outgrows_its_frequencies(tmp_path, config):
     theirs = save_random(tmp_path, config)
     model = load_model(tmp_path, dtype=torch.float32)
     ids = torch.randint(0, 97, (12,), generator=torch.Generator().manual_seed(3)).tolist()
-    found = list(generate(model, ids, max_new_tokens=20))
+    found = list(generate_one(model, ids, max_new_tokens=20))
     assert len(set(found)) > 4, "a text of one token would hide everything"
     assert context_length(config.to_dict()) == model.model.max_positions == 64
     for index, token in enumerate(found):

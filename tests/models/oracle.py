@@ -20,6 +20,7 @@ from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint
 from torchtune.checkpoint.save import save_model
 from torchtune.modules.decoder import CausalLM
+from torchtune.modules.decoding import join_projections
 from torchtune.modules.documents import Documents
 from torchtune.modules.stored import as_stored
 
@@ -109,9 +110,17 @@ def check_packed(model: CausalLM) -> None:
 
 
 def check_cached(model: CausalLM) -> None:
-    """Two documents of different lengths, fed in pieces, give the logits of the whole."""
+    """Two documents of different lengths, fed in pieces, give the logits of the whole; joined projections too."""
     model = model.double()
     one, two = torch.randint(0, 97, (18,)), torch.randint(0, 97, (15,))
+    expected = model(one[None])[0], model(two[None])[0]
+    _check_pieces(model, one, two, expected)
+    join_projections(model)
+    with torch.no_grad():
+        _check_pieces(model, one, two, expected)
+
+
+def _check_pieces(model: CausalLM, one: Tensor, two: Tensor, expected: tuple[Tensor, Tensor]) -> None:
     cache = model.empty_cache(2)
     got_one, got_two, seen = [], [], [0, 0]
     for new in ([5, 2], [1, 1], [3, 4], [1, 1], [2, 1], [6, 6]):
@@ -120,8 +129,8 @@ def check_cached(model: CausalLM) -> None:
         got_one.append(logits[: new[0]])
         got_two.append(logits[new[0] :])
         seen = [seen[0] + new[0], seen[1] + new[1]]
-    torch.testing.assert_close(torch.cat(got_one), model(one[None])[0])
-    torch.testing.assert_close(torch.cat(got_two), model(two[None])[0])
+    torch.testing.assert_close(torch.cat(got_one), expected[0])
+    torch.testing.assert_close(torch.cat(got_two), expected[1])
 
 
 def check_round_trip(folder: Path, config: Any, *, dtype: torch.dtype = torch.float32) -> None:

@@ -1,52 +1,237 @@
-"""Text from a model, one token at a time."""
+"""Text from a model: many prompts at once, a token of each a step."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from torchtune.generation.sampling import GREEDY, Sampling, choose, generator_of
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.documents import Documents
 
+PREFILL_TOKENS = 4096  # tokens of prompts that are read in one forward
 
-@torch.no_grad()
+# Given the new tokens of a text, whether it ends here.
+Ends = Callable[[Sequence[int]], bool]
+
+
+@dataclass
+class Answer:
+    """What a model makes of one prompt.
+
+    Attributes:
+        prompt: its place among the prompts.
+        ids: the new tokens, without the stop token.
+        logprobs: of each of them, and of the stop token if there is one: its log-probability under the model, before
+            penalty and temperature.
+        ended_by: a stop token or text; the number of tokens that there may be; the model's context, before that number
+            was reached. None while it goes on.
+    """
+
+    prompt: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended_by: Literal["stop", "length", "context"] | None = None
+
+
 def generate(
-    model: CausalLM, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()
-) -> Iterator[int]:
-    """The most likely next tokens after a prompt, as they come; the stop token is not among them.
+    model: CausalLM,
+    prompts: Iterable[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    ends: Ends | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    batch_size: int = 8,
+    logprobs: bool = False,
+) -> Iterator[Answer]:
+    """Answer prompts, so many at a time; an answer that ends gives its place to the next prompt.
 
-    They are those of a forward over the whole text for each: where a text grows so long that other frequencies
-    turn it (longrope, dynamic), what is cached of it is thrown away and the whole is read again.
+    An answer is the same alone and in any batch, to rounding, and so is a drawn one: each has random numbers of its
+    own. Tokens are those of a forward over the whole text for each: where a text grows so long that other frequencies
+    turn it (longrope, dynamic), it is read again.
 
     Args:
-        prompt_ids: the prompt's tokens, with whatever the template puts before an answer.
-        max_new_tokens: at most so many are made.
-        stop_ids: tokens that end the answer.
+        prompts: the tokens of each, with whatever the template puts before an answer.
+        max_new_tokens: of an answer at most; it ends where the model's context does, too.
+        stop_ids: tokens that end an answer.
+        ends: tells from the new tokens that an answer ends.
+        sampling: how a token is chosen.
+        batch_size: prompts at a time.
+        logprobs: whether answers have them.
+    Yields:
+        The answer that has just got a token, or ended; the same object each time. With one prompt at a time they come
+        in order.
     Raises:
-        ValueError: prompt and answer need more positions than the model has.
+        ValueError: a prompt without tokens, or with as many as the model has positions.
     """
-    limit = model.model.max_positions
-    if limit is not None and len(prompt_ids) + max_new_tokens > limit:
-        raise ValueError(
-            f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones are more than the model's {limit} positions"
-        )
+    batch = _Batch(model, max_new_tokens, frozenset(stop_ids), ends, sampling, seed, logprobs)
+    waiting = iter(enumerate(prompts))
     was_training = model.training
     model.eval()
-    device = model.model.embed_tokens.weight.device
-    ids = list(prompt_ids)
-    cache, seen = model.empty_cache(), 0
     try:
-        for _ in range(max_new_tokens):
-            if seen and not model.model.turns_alike(seen, len(ids)):
-                cache, seen = model.empty_cache(), 0
-            documents = Documents.from_lengths([len(ids) - seen], starts=[seen], device=device)
-            logits = model(torch.tensor(ids[seen:], device=device), documents, cache=cache)
-            seen = len(ids)
-            token = int(logits[-1].argmax())
-            if token in stop_ids:
+        while True:
+            batch.arrange(list(islice(waiting, batch_size - batch.num_texts)))
+            if not batch.num_texts:
                 return
-            yield token
-            ids.append(token)
+            yield from batch.advance()
     finally:
         model.train(was_training)
+
+
+def generate_one(
+    model: CausalLM, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()
+) -> Iterator[int]:
+    """The most likely next tokens after a prompt, as they come; the stop token is not among them."""
+    num_given = 0
+    for answer in generate(model, [prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids):
+        yield from answer.ids[num_given:]
+        num_given = len(answer.ids)
+
+
+@dataclass
+class _Text:
+    """A prompt that is being answered.
+
+    Attributes:
+        ids: prompt and answer.
+        limit: tokens of the answer at most.
+    """
+
+    answer: Answer
+    ids: list[int]
+    limit: int
+    random: np.random.Generator
+
+
+@dataclass
+class _Batch:
+    """Texts that grow together: those of the cache's slots, None where one has ended."""
+
+    model: CausalLM
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    ends: Ends | None
+    sampling: Sampling
+    seed: int
+    logprobs: bool
+
+    def __post_init__(self) -> None:
+        self._device = self.model.model.embed_tokens.weight.device
+        self._slots: list[_Text | None] = []
+        self._cache = self.model.empty_cache(0)
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that go on."""
+        return len(self._texts)
+
+    @property
+    def _texts(self) -> dict[int, _Text]:
+        """By slot."""
+        return {slot: text for slot, text in enumerate(self._slots) if text is not None}
+
+    def arrange(self, fresh: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Take up prompts, with their numbers, and leave no slot empty."""
+        texts = [self._text(number, ids) for number, ids in fresh]
+        free = [slot for slot, text in enumerate(self._slots) if text is None]
+        if len(free) == len(texts):
+            for slot, text in zip(free, texts, strict=True):
+                self._slots[slot] = text
+            self._cache.of(*free).forget([0] * len(free))
+        else:
+            kept = self._texts
+            self._slots = [*kept.values(), *texts]
+            self._cache = self._cache.arranged([*kept, *([None] * len(texts))])
+
+    @torch.no_grad()
+    def advance(self) -> Iterator[Answer]:
+        """Give each text one more token."""
+        lengths = self._cache.lengths
+        texts = self._texts
+        decoder = self.model.model
+        whole = [
+            slot
+            for slot, text in texts.items()
+            if not lengths[slot] or not decoder.turns_alike(lengths[slot], len(text.ids))
+        ]
+        rows = [self._read(group) for group in _groups(whole, {slot: len(texts[slot].ids) for slot in whole})]
+        if going_on := [slot for slot in texts if slot not in set(whole)]:
+            rows.append(self._step(going_on))
+        self._choose([texts[slot] for slot in (*whole, *going_on)], torch.cat(rows))
+        answers = [text.answer for text in texts.values()]
+        self._slots = [None if text is None or text.answer.ended_by else text for text in self._slots]
+        return iter(answers)
+
+    def _read(self, slots: Sequence[int]) -> Tensor:
+        """The logits after whole texts: [texts, V]."""
+        cache = self._cache.of(*slots)
+        cache.forget([0] * len(slots))
+        ids = [self._texts[slot].ids for slot in slots]
+        documents = Documents.from_lengths([len(text) for text in ids], device=self._device)
+        flat = torch.tensor([token for text in ids for token in text], device=self._device)
+        return self.model(flat, documents, cache=cache, at=documents.cu_seqlens[1:] - 1)
+
+    def _step(self, slots: Sequence[int]) -> Tensor:
+        """The logits after texts of which all but the last token is cached: [texts, V]."""
+        cache = self._cache.of(*slots)
+        ids = torch.tensor([self._texts[slot].ids[-1] for slot in slots], device=self._device)
+        documents = Documents.from_lengths([1] * len(slots), starts=cache.lengths, device=self._device)
+        return self.model(ids, documents, cache=cache)
+
+    def _choose(self, texts: Sequence[_Text], logits: Tensor) -> None:
+        seen = None
+        if self.sampling.repetition_penalty != 1.0:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, text in zip(seen, texts, strict=True):
+                row[torch.tensor(text.ids, device=row.device)] = True
+        tokens = choose(logits, self.sampling, [text.random for text in texts], seen)
+        logprobs = None
+        if self.logprobs:
+            logprobs = logits.float().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1).tolist()
+        for index, (text, token) in enumerate(zip(texts, tokens.tolist(), strict=True)):
+            if logprobs is not None:
+                text.answer.logprobs.append(logprobs[index])
+            self._append(text, token)
+
+    def _append(self, text: _Text, token: int) -> None:
+        answer = text.answer
+        if token in self.stop_ids:
+            answer.ended_by = "stop"
+            return
+        answer.ids.append(token)
+        text.ids.append(token)
+        if self.ends is not None and self.ends(answer.ids):
+            answer.ended_by = "stop"
+        elif len(answer.ids) >= text.limit:
+            answer.ended_by = "length" if text.limit == self.max_new_tokens else "context"
+
+    def _text(self, number: int, ids: Sequence[int]) -> _Text:
+        limit, context = self.max_new_tokens, self.model.model.max_positions
+        if not ids:
+            raise ValueError(f"prompt {number} has no token; a model needs one to go on from")
+        if context is not None:
+            if len(ids) >= context:
+                raise ValueError(f"prompt {number} has {len(ids)} tokens, and the model {context} positions")
+            limit = min(limit, context - len(ids))
+        return _Text(Answer(number), list(ids), limit, generator_of(self.seed, number))
+
+
+def _groups(slots: Sequence[int], num_tokens: Mapping[int, int]) -> Iterator[list[int]]:
+    """The slots in groups of at most PREFILL_TOKENS tokens, or of one."""
+    group, total = list[int](), 0
+    for slot in slots:
+        if group and total + num_tokens[slot] > PREFILL_TOKENS:
+            yield group
+            group, total = [], 0
+        group.append(slot)
+        total += num_tokens[slot]
+    if group:
+        yield group

@@ -57,11 +57,17 @@ def attend(
         [T, Q, H].
     """
     if cache is not None:
-        parts = []
-        for index, (start, end) in enumerate(documents.bounds):
-            keys, values = cache.extend(index, k[start:end], v[start:end])
-            parts.append(_attend_one(q[start:end], keys, values, scores, sinks))
-        return torch.cat(parts)
+        if documents.max_length == 1 and len(documents.lengths) == documents.num_tokens:
+            return _attend_step(q, k, v, documents, scores, sinks, cache)
+        seen = [cache.extend(index, k[start:end], v[start:end]) for index, (start, end) in enumerate(documents.bounds)]
+        if not cache.is_new:
+            bounds = documents.bounds
+            return torch.cat(
+                [
+                    _attend_one(q[s:e], keys, values, scores, sinks)
+                    for (s, e), (keys, values) in zip(bounds, seen, strict=True)
+                ]
+            )
     is_plain = scores.chunk is None and scores.softcap is None and sinks is None and documents.split is None
     if is_plain and q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, documents, scores)
@@ -120,6 +126,62 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor |
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_step(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores, sinks: Tensor | None, cache: LayerCache
+) -> Tensor:
+    """A token of each document, all documents at once: q [B, Q, H], k and v [B, K, H] -> [B, Q, H].
+
+    The query heads that share a key head stand where the kernel has several queries of one head, so that keys are
+    read once and not repeated for each.
+    """
+    keys, values = cache.append(k, v, documents.positions)  # [B, K, M, H]
+    first, mask = _seen_in_step(documents, keys.shape[2], scores, q.dtype)
+    if first:
+        keys, values = keys[:, :, first:], values[:, :, first:]
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, H]
+    if scores.softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scale)
+        return out.flatten(1, 2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    products = (grouped @ keys.transpose(2, 3)).to(wide) * scores.scale  # [B, K, G, M]
+    if scores.softcap is not None:
+        products = scores.softcap * torch.tanh(products / scores.softcap)
+    if mask is not None:
+        products = products + mask
+    if sinks is not None:
+        of_head = sinks.to(wide).view(1, *grouped.shape[1:3], 1).expand(len(q), -1, -1, -1)
+        products = torch.cat((products, of_head), dim=-1)
+    weights = products.softmax(-1)[..., : keys.shape[2]]
+    return (weights.to(q.dtype) @ values).flatten(1, 2)
+
+
+def _seen_in_step(documents: Documents, num_keys: int, scores: Scores, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+    """The first key that any document's token sees, and what hides others from some: [B, 1, 1, M - first] or nothing.
+
+    Made once a step for all layers with the same window.
+    """
+    made: dict[tuple[int | None, int | None], tuple[int, Tensor | None]] = documents.__dict__.setdefault(
+        "_seen_in_step", {}
+    )
+    kind = scores.window, scores.chunk
+    if kind not in made:
+        positions = documents.positions.to("cpu")[:, None]
+        begin = torch.zeros_like(positions)
+        if scores.window is not None:
+            begin = (positions - scores.window + 1).clamp(min=0)
+        if scores.chunk is not None:
+            begin = torch.maximum(begin, positions - positions % scores.chunk)
+        first = int(begin.min())
+        place = torch.arange(first, num_keys)
+        hidden = (place < begin) | (place > positions)  # [B, M - first]
+        mask = None
+        if hidden.any():
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+            mask = mask.to(documents.positions.device)
+        made[kind] = first, mask
+    return made[kind]
 
 
 def _visible(num_new: int, num_all: int, scores: Scores, device: torch.device) -> Tensor:

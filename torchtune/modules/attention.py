@@ -89,7 +89,7 @@ class Attention(Block):
         if self.norm_at == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
-            q, k = rotary.turn(q), rotary.turn(k)
+            q, k = rotary.turn_both(q, k)
         if self.norm_at == "rotated":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.query_scale is not None:

@@ -208,6 +208,7 @@ class CausalLM(Block):
         trained: Tensor | None = None,
         loss: LossFunction | None = None,
         cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Logits, or with `labels` the loss summed over trained tokens.
 
@@ -223,8 +224,9 @@ class CausalLM(Block):
                 head has a low-rank update `low_rank`: u [N, r] and b [V, r], where u b^T is added to the logits,
                 one whose vocabulary is shared among ranks `vocabulary`.
             cache: keys and values of what came before.
+            at: [N], the places on the flat token axis whose logits are wanted; by default all.
         Returns:
-            Logits [T, V] or [B, S, V]; with `labels` a float32 scalar.
+            Logits [T, V], [B, S, V] or [N, V]; with `labels` a float32 scalar.
         Raises:
             ValueError: labels of another shape, or tokens for which there is no position.
         """
@@ -239,13 +241,16 @@ class CausalLM(Block):
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale  # the same as scaled logits, and small
         if labels is None:
+            shape = input_ids.shape
+            if at is not None:
+                hidden, shape = hidden[at], at.shape
             bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
             logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias)
             if (update := self._head_update(hidden)) is not None:
                 logits = logits + update[0] @ update[1].T
             if self.vocabulary is not None:
                 logits = self.vocabulary.whole(logits)
-            logits = logits.view(*input_ids.shape, -1)
+            logits = logits.view(*shape, -1)
             return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
         labels = labels.reshape(-1)
         if trained is None:

@@ -78,7 +78,7 @@ class PlainFeedForward(Block):
 
 def linear_of_silu_product(down: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     """down(silu(gate) * up), the product not kept where the layer knows how (`of_silu_product`) and has no hook."""
-    if not has_hooks(down):
+    if torch.is_grad_enabled() and not has_hooks(down):
         if type(down) is Linear and down.bias is None:
             return _SiluProductLinear.apply(gate, up, down.weight)
         of_silu_product: Callable[[Tensor, Tensor], Tensor] | None = getattr(down, "of_silu_product", None)
@@ -89,6 +89,8 @@ def linear_of_silu_product(down: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of the same shape, with nothing kept but the two."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(up)
     product: Tensor = _SiluProduct.apply(gate, up)
     return product
 

@@ -1,71 +1,154 @@
-"""Keys and values of tokens already seen, for decoding one token after the other."""
+"""Keys and values of tokens already seen, for decoding one token after the other.
+
+    slot 0   k k k k k . .      a slot for each text; buffers are shared, and double when the longest is full,
+    slot 1   k k . . . . .      so that n tokens cost n copies in all and not n squared
+    slot 2   k k k k . . .
+
+A forward continues some of the slots, by default all: a text that begins is read into its slot alone, one that has
+ended gives its slot to the next.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
 @dataclass
-class LayerCache:
-    """One layer's keys and values, a growing buffer a document.
+class _Buffer:
+    """Of one layer; what is beyond a slot's tokens is finite, and hidden by a mask.
 
-    Buffers double when they are full, so that n tokens cost n copies in all and not n squared.
+    Attributes:
+        keys, values: [slots, K, M, H], M places; None before the first token.
     """
 
-    keys: list[Tensor | None]
-    values: list[Tensor | None]
-    lengths: list[int]
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass
+class LayerCache:
+    """One layer's keys and values, of the slots that a forward continues."""
+
+    _buffer: _Buffer
+    _cache: KVCache
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been seen of any text."""
+        return not any(self._cache.lengths)
 
     def extend(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new keys and values [n, K, H] of document `index`; returns all of its own so far."""
-        old, new = self.lengths[index], self.lengths[index] + len(k)
-        self.keys[index] = _with_room(self.keys[index], old, new, k)
-        self.values[index] = _with_room(self.values[index], old, new, v)
-        self.lengths[index] = new
-        keys, values = self.keys[index], self.values[index]
-        assert keys is not None
-        assert values is not None
-        keys[old:new], values[old:new] = k, v
-        return keys[:new], values[:new]
+        """Append the new keys and values [n, K, H] of text `index`; returns all of its own so far, [m, K, H]."""
+        slot, old = self._cache.slots[index], self._cache.lengths[index]
+        keys, values = self._with_room(old + len(k), k)
+        keys[slot, :, old : old + len(k)] = k.transpose(0, 1)
+        values[slot, :, old : old + len(k)] = v.transpose(0, 1)
+        seen = slice(old + len(k))
+        return keys[slot, :, seen].transpose(0, 1), values[slot, :, seen].transpose(0, 1)
 
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a token to each text, k and v [B, K, H]; returns [B, K, M, H], M the longest's tokens.
 
-def _with_room(buffer: Tensor | None, used: int, needed: int, like: Tensor) -> Tensor:
-    if buffer is not None and len(buffer) >= needed:
-        return buffer
-    room = max(needed, 2 * used, 64)
-    grown = like.new_empty(room, *like.shape[1:])
-    if buffer is not None:
-        grown[:used] = buffer[:used]
-    return grown
+        Args:
+            positions: [B], where those tokens stand.
+        """
+        slots, lengths = self._cache.slots, self._cache.lengths
+        longest = max(lengths) + 1
+        keys, values = self._with_room(longest, k)
+        are_all = slots == tuple(range(len(keys)))
+        if are_all and min(lengths) + 1 == longest:
+            keys[:, :, longest - 1], values[:, :, longest - 1] = k, v
+        else:
+            index = torch.tensor(slots, device=k.device)
+            keys[index, :, positions], values[index, :, positions] = k, v
+            if not are_all:
+                return keys[index, :, :longest], values[index, :, :longest]
+        return keys[:, :, :longest], values[:, :, :longest]
+
+    def _with_room(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The buffers, grown if they hold fewer tokens than needed. like: [n, K, H]."""
+        keys, values = self._buffer.keys, self._buffer.values
+        used = 0 if keys is None else keys.shape[2]
+        if keys is None or values is None or used < needed:
+            _, num_heads, size = like.shape
+            shape = (self._cache.num_slots, num_heads, max(needed, 2 * used, 64), size)
+            grown = like.new_zeros(shape), like.new_zeros(shape)
+            for new, old in zip(grown, (keys, values), strict=True):
+                if old is not None:
+                    new[:, :, :used] = old
+            keys, values = self._buffer.keys, self._buffer.values = grown
+        return keys, values
 
 
 @dataclass
 class KVCache:
-    """The caches of all layers for a batch of documents.
+    """The caches of all layers for a batch of texts.
 
     Attributes:
-        lengths: tokens seen of each document.
+        slots: those that the next forward continues, one for each of its documents.
         max_positions: the model's context; more tokens than that are refused.
     """
 
-    layers: list[LayerCache]
+    _buffers: list[_Buffer]
+    _seen: list[int]  # tokens of each slot, shared by all views
+    slots: tuple[int, ...]
     max_positions: int | None = None
-    lengths: list[int] = field(default_factory=list)
+    layers: list[LayerCache] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = [LayerCache(buffer, self) for buffer in self._buffers]
 
     @classmethod
-    def empty(cls, num_layers: int, num_documents: int, *, max_positions: int | None = None) -> KVCache:
+    def empty(cls, num_layers: int, num_slots: int, *, max_positions: int | None = None) -> KVCache:
         """A cache that has seen nothing."""
-        layers = [
-            LayerCache([None] * num_documents, [None] * num_documents, [0] * num_documents) for _ in range(num_layers)
-        ]
-        return cls(layers, max_positions, [0] * num_documents)
+        buffers = [_Buffer() for _ in range(num_layers)]
+        return cls(buffers, [0] * num_slots, tuple(range(num_slots)), max_positions)
+
+    @property
+    def num_slots(self) -> int:
+        """How many texts there is room for."""
+        return len(self._seen)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens seen of each of its texts."""
+        return [self._seen[slot] for slot in self.slots]
+
+    def of(self, *slots: int) -> KVCache:
+        """The same cache for a forward that continues these slots alone."""
+        return KVCache(self._buffers, self._seen, slots, self.max_positions)
+
+    def forget(self, lengths: Sequence[int]) -> None:
+        """Go back to the first `lengths` tokens of each of its texts."""
+        for slot, length in zip(self.slots, lengths, strict=True):
+            assert length <= self._seen[slot], (slot, length, self._seen[slot])
+            self._seen[slot] = length
+
+    def arranged(self, slots: Sequence[int | None]) -> KVCache:
+        """A cache of these slots in this order, the same one several times if it is there; None is an empty one."""
+        kept = torch.tensor([slot for slot in slots if slot is not None], dtype=torch.int64)
+        places = torch.tensor([place for place, slot in enumerate(slots) if slot is not None], dtype=torch.int64)
+        seen = [0 if slot is None else self._seen[slot] for slot in slots]
+        used = max(seen, default=0)
+
+        def copied(old: Tensor | None) -> Tensor | None:
+            if old is None or not used:
+                return None
+            new = old.new_zeros(len(slots), old.shape[1], old.shape[2], old.shape[3])
+            new[places.to(old.device), :, :used] = old[kept.to(old.device), :, :used]
+            return new
+
+        buffers = [_Buffer(copied(buffer.keys), copied(buffer.values)) for buffer in self._buffers]
+        return KVCache(buffers, seen, tuple(range(len(slots))), self.max_positions)
 
     def advance(self, lengths: Sequence[int]) -> None:
         """Count the tokens of a finished forward."""
-        self.lengths = [seen + new for seen, new in zip(self.lengths, lengths, strict=True)]
+        for slot, new in zip(self.slots, lengths, strict=True):
+            self._seen[slot] += new
 
     def check(self, lengths: Sequence[int]) -> None:
         """Refuse tokens beyond the model's context.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ class Linear(nn.Linear):
 
     Attributes:
         bias_share: how much of the bias it adds; less than all where the outputs of several ranks are added up.
+        joined: where its weight lies together with those of other layers, of which it is the first.
     """
 
     is_linear = True
     transposed = False
     bias_share = 1.0
+    joined: Joined | None = None
 
     def reset_parameters(self) -> None:
         """Draw fresh weights; on the meta device there are none, and asking for them loads half of torch."""
@@ -84,14 +87,69 @@ def share_of(bias: Tensor | None, share: float) -> Tensor | None:
 def linear_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """The outputs of several linear layers for the same input x [T, in].
 
-    Layers of a kind that has `together` (layers, x) compute them in one; a hook on any of them is honoured.
+    Layers of a kind that has `together` (layers, x) compute them in one, joined ones where no gradient is asked for;
+    a hook on any of them is honoured.
     """
     first = layers[0]
+    joined: Joined | None = getattr(first, "joined", None)
+    if joined is not None and joined.serves(layers, x):
+        return F.linear(x, joined.weight, joined.bias).split(joined.sizes, dim=-1)
     together = getattr(type(first), "together", None)
     if together is None or any(type(layer) is not type(first) or has_hooks(layer) for layer in layers):
         return [layer(x) for layer in layers]
     outputs: Sequence[Tensor] = together(layers, x)
     return outputs
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The weights of layers with one input, one below the other in memory; each layer's own is a view of it.
+
+    Attributes:
+        weight: [sum of sizes, in]. bias: [sum of sizes] or none.
+        sizes: outputs of each layer.
+        places: where each layer's weight, and bias, begin in memory.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    sizes: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+
+    def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
+        """Whether these are the layers, still as they were, and no gradient is asked for."""
+        return (
+            not torch.is_grad_enabled()
+            and x.dtype == self.weight.dtype
+            and _places(layers) == self.places
+            and not any(has_hooks(layer) for layer in layers)
+        )
+
+
+def join(layers: Sequence[nn.Module]) -> None:
+    """Lay the weights of linear layers with one input together, so that a token goes through them in one product.
+
+    Their parameters stay what they are, and what they hold moves. Layers of other kinds and of several types, and
+    packed weights, stay apart.
+    """
+    linear = [layer for layer in layers if type(layer) is Linear and type(layer.weight) is nn.Parameter]
+    weights: list[Tensor] = [layer.weight for layer in linear]
+    biases: list[Tensor] = [layer.bias for layer in linear if layer.bias is not None]
+    if len(linear) < len(layers) or len({parameter.dtype for parameter in weights + biases}) > 1:
+        return
+    if len(biases) not in (0, len(layers)):
+        return
+    sizes = tuple(len(weight) for weight in weights)
+    with torch.no_grad():
+        weight, bias = torch.cat(weights), torch.cat(biases) if biases else None
+        for joined, parts in ((weight, weights), (bias, biases)):
+            for part, place in zip(parts, () if joined is None else joined.split(sizes), strict=True):
+                part.data = place
+    linear[0].joined = Joined(weight, bias, sizes, _places(linear))
+
+
+def _places(layers: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+    return tuple((layer.weight.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()) for layer in layers)
 
 
 def has_hooks(layer: nn.Module) -> bool:

@@ -37,6 +37,8 @@ class RMSNorm(nn.Module):
         if self.axis.size > 1:
             return _rms_norm_over(self.axis, x, weight, self.eps)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return _rms_normed(x, weight, self.eps)[0]
             return _RMSNormFunction.apply(x, weight, self.eps)
         if self.from_one:
             return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
@@ -87,15 +89,20 @@ def _rms_norm_over(axis: Axis, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(mean + eps) * weight).to(x.dtype)
 
 
+def _rms_normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x if x.dtype == torch.float64 else x.float()
+    inv_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return (wide * inv_rms).mul_(weight).to(x.dtype), inv_rms
+
+
 class _RMSNormFunction(torch.autograd.Function):
     """RMSNorm for the CPU, where torch composes it of many small operators and keeps what each one made."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        inv_rms = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        normed, inv_rms = _rms_normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inv_rms)
-        return (wide * inv_rms).mul_(weight).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

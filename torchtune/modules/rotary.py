@@ -18,6 +18,8 @@ from torch import Tensor
 
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 
+FEW_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class RotaryAngles:
@@ -43,6 +45,13 @@ class RotaryAngles:
             swapped = torch.cat((-second, first), dim=-1)
         turned = rotated * cos + swapped * sin
         return turned if passed is None else torch.cat((turned, passed), dim=-1)
+
+    def turn_both(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`turn` of queries and keys, [T, heads, H]: of few tokens in one, for it is the operators that take time."""
+        if torch.is_grad_enabled() or len(q) > FEW_TOKENS:
+            return self.turn(q), self.turn(k)
+        turned = self.turn(torch.cat((q, k), dim=1))
+        return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from torchtune.data.options import DatasetOptions
 from torchtune.data.template import ChatTemplate, choose_template
 from torchtune.distributed.process_group import process_group
 from torchtune.errors import MissingDependencyError
-from torchtune.generation.generate import generate
+from torchtune.generation.generate import generate_one
 from torchtune.recipes.full_finetune import FullFinetuneParams, FullFinetuneRecipe, check
 from torchtune.training.precision import dtype_name
 from torchtune.training.progress import say
@@ -110,7 +110,7 @@ def ask(recipe: FullFinetuneRecipe, messages: list[dict[str, str]]) -> str:
     assert templates is not None
     template = ChatTemplate(templates["default"], recipe._tokenizer.special, datetime.now())
     prompt = recipe._tokenizer.encode(template.render(messages[:1], add_generation_prompt=True)).ids
-    tokens = generate(recipe._model, prompt, max_new_tokens=MAX_ANSWER_TOKENS, stop_ids=recipe._checkpoint.stop_ids)
+    tokens = generate_one(recipe._model, prompt, max_new_tokens=MAX_ANSWER_TOKENS, stop_ids=recipe._checkpoint.stop_ids)
     return " ".join(recipe._tokenizer.decode(list(tokens)).split())
 
 

@@ -1,0 +1,53 @@
+"""Many prompts at once: each answer is the one that its prompt has alone, and transformers' own."""
+
+import pytest
+import torch
+from transformers.models.auto import AutoConfig
+
+from tests.models.families import FAMILIES
+from tests.models.oracle import save_random
+from torchtune.checkpoint.load import load_model
+from torchtune.generation.generate import PREFILL_TOKENS, generate
+from torchtune.generation.sampling import Sampling
+from torchtune.modules.decoding import join_projections
+
+LENGTHS = (3, 1, 17, 9, 2, 30, 5, 8, 1, 12, 4, 21)
+NEW = 14
+
+
+def prompts(vocab_size=97):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(5, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def answers(model, *args, **options):
+    """By prompt; each is looked at when it has ended."""
+    ended = [answer for answer in generate(model, *args, **options) if answer.ended_by]
+    assert len(ended) == len({answer.prompt for answer in ended})
+    return sorted(ended, key=lambda answer: answer.prompt)
+
+
+def config_of(values):
+    values = dict(values)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_any_size_gives_what_transformers_gives_alone(tmp_path, family):
+    """Windows, caps, sinks, chunks, latent heads, experts; prompts of 1 to 30 tokens, places that are used again."""
+    config = config_of(FAMILIES[family])
+    theirs = save_random(tmp_path, config)
+    model = load_model(tmp_path, dtype=torch.float32)
+    join_projections(model)
+    given = prompts()
+    alone = answers(model, given, max_new_tokens=NEW, batch_size=1)
+    for batch_size in (3, 8):
+        together = answers(model, given, max_new_tokens=NEW, batch_size=batch_size)
+        assert [answer.ids for answer in together] == [answer.ids for answer in alone]
+    for ids, answer in zip(given, alone, strict=True):
+        new = min(NEW, (model.model.max_positions or 10**6) - len(ids))
+        assert answer.ended_by == ("length" if new == NEW else "context")
+        expected = theirs.generate(
+            torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert answer.ids == expected[0, len(ids) :].tolist()
