@@ -32,6 +32,19 @@ def config_of(values):
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
+def greedy(model, ids, new, *, grows):
+    """transformers' answer; where frequencies change with the length its cache keeps old ones, so without it."""
+    if not grows:
+        found = model.generate(
+            torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        return found[0, len(ids) :].tolist()
+    text = list(ids)
+    for _ in range(new):
+        text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+    return text[len(ids) :]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_any_size_gives_what_transformers_gives_alone(tmp_path, family):
     """Windows, caps, sinks, chunks, latent heads, experts; prompts of 1 to 30 tokens, places that are used again."""
@@ -47,7 +60,4 @@ def test_a_batch_of_any_size_gives_what_transformers_gives_alone(tmp_path, famil
     for ids, answer in zip(given, alone, strict=True):
         new = min(NEW, (model.model.max_positions or 10**6) - len(ids))
         assert answer.ended_by == ("length" if new == NEW else "context")
-        expected = theirs.generate(
-            torch.tensor([ids]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        assert answer.ids == expected[0, len(ids) :].tolist()
+        assert answer.ids == greedy(theirs, ids, new, grows="rope_parameters" in FAMILIES[family])
