@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.launching import TWO_MACHINES, children, finish, free_port, is_listening, start, wait_for
+from tests.tiny_checkpoint import save_tiny_checkpoint
 from torchtune.cli import agent
 from torchtune.cli.tune import call
 from torchtune.distributed.process_group import world_size
@@ -328,3 +329,25 @@ def test_an_error_that_follows_from_another_is_neither_told_nor_final(job):
     )
     assert code == 0, stderr
     assert stderr.splitlines() == ["rank 1 was ended by SIGKILL; starting all again (0 of 1 restarts left)"]
+
+
+def test_validate_plans_for_the_ranks_that_the_flags_say(tmp_path, capsys):
+    source = save_tiny_checkpoint(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
+    keys = [f"model_checkpoint={source}", f"dataset={rows}", f"output_dir={tmp_path / 'out'}"]
+    assert call(["validate", "--nproc_per_node", "2", "full_finetune", *keys, "tensor_parallel=2"]) == 0
+    with pytest.raises(ConfigError, match="one process can split nothing, or start as many as there are places"):
+        call(["validate", "full_finetune", *keys, "tensor_parallel=2"])
+    with pytest.raises(ConfigError, match=r"3 does not divide the number of processes, 4: .* \(1, 2, 4\)"):
+        call(["run", "--nproc_per_node", "4", "full_finetune", *keys, "tensor_parallel=3"])
+
+
+def test_a_flag_behind_the_recipe_is_told_where_it_goes():
+    with pytest.raises(ConfigError, match="goes before the recipe: tune run --nproc_per_node 2 RECIPE"):
+        call(["run", "full_finetune", "--nproc_per_node", "2"])
+
+
+def test_a_flag_that_is_cut_short_is_refused():
+    with pytest.raises(SystemExit):
+        call(["run", "--nproc-per-nod", "2", "full_finetune"])

@@ -20,6 +20,7 @@ from torchtune.parallel.expert_parallel import (
     check_expert_parallel,
     expert_parameters,
 )
+from torchtune.parallel.gradients import GradientSums
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
 from torchtune.training.compiling import apply_compile
 
@@ -122,14 +123,17 @@ def as_on_one_device(config, size, *, lengths=LENGTHS, trains=(0, 1, 2, 3), tran
         torch.testing.assert_close(mesh.tokens.sum(loss), expected)
         of_experts = {id(parameter) for parameter in expert_parameters(model)}
         assert found.keys() == gradients.keys()
-        for name, part in parts(model).items():
-            if name not in gradients:
-                continue
-            assert found[name] is not None, f"no gradient of {name}"
-            is_split = id(model.get_parameter(name)) in of_experts
-            assert is_split == (not part.is_whole)
-            total = (mesh.same_experts if is_split else mesh.tokens).sum(found[name])
-            torch.testing.assert_close(total, part.of(gradients[name]), rtol=1e-9, atol=1e-9, msg=name)
+        assert all(gradient is not None for gradient in found.values()), "each rank has one of each"
+        trained = {name: model.get_parameter(name) for name in found}
+        sums = GradientSums(model, mesh)
+        sums.sum(trained)
+        held = parts(model)
+        for name, parameter in trained.items():
+            assert (id(parameter) in of_experts) == (not held[name].is_whole)
+            expected = held[name].of(gradients[name])
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9, msg=name)
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        torch.testing.assert_close(sums.norm(trained, torch.device("cpu")).double(), norm, rtol=1e-6, atol=0)
 
 
 def _families(size):

@@ -188,3 +188,16 @@ def test_a_finished_run_has_nothing_left_to_do(train, tmp_path, capsys, end):
     assert again == metrics
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("step_*/**/*")} == before
     assert "nothing left to train" in capsys.readouterr().err
+
+
+def test_a_run_that_only_measures_the_norm_saves_and_resumes(train, capsys):
+    """clip_grad_norm=inf, for which JSON has no number; and how a model is spread is no change."""
+    keys = {"clip_grad_norm": float("inf"), "save_last": True, "lr_scheduler": {"name": "constant"}}
+    train(**keys, max_steps=1)
+    capsys.readouterr()
+    _, metrics = train(**keys, max_steps=2, resume_from_checkpoint=True, enable_activation_checkpointing=True)
+    assert [line["step"] for line in metrics] == [1, 2]
+    told = "".join(capsys.readouterr())
+    assert "max_steps was 1 and is now 2" in told
+    assert "clip_grad_norm" not in told
+    assert "enable_activation_checkpointing" not in told

@@ -178,7 +178,10 @@ def _what_happened(failures: dict[int, ProcessFailure]) -> str:
         return f"rank {rank} was ended by {first.signal_name()}"
     if first.error_file_data.get("told"):
         return f"rank {rank} failed first, with exit status {first.exitcode}; its message is above"
-    return f"rank {rank} ended with exit status {first.exitcode}, after a rank of another machine or without a word"
+    message = first.error_file_data.get("message")
+    words = message.get("message") if isinstance(message, dict) else message
+    said = f": {words}" if words else ", after a rank of another machine or without a word"
+    return f"rank {rank} ended with exit status {first.exitcode}{said}"
 
 
 def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

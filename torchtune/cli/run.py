@@ -43,25 +43,36 @@ def run(argv: list[str]) -> int:
     return _launch(argv)
 
 
-def _launch(argv: list[str]) -> int:
-    """Validate here, so that a mistake is told once, then start the processes."""
+def parse_flags(argv: list[str]) -> tuple[Namespace, int, int]:
+    """torchrun's flags, a recipe's name and its arguments; and the fewest ranks and the most machines that they mean.
+
+    Raises:
+        ConfigError: a flag that can't be meant.
+    """
     from torch.distributed.run import get_args_parser
 
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # a flag that is cut short is a mistake, as a key is
+    options = parser.parse_args(argv)
+    fewest_nodes, most_nodes = _num_nodes(options)
+    return options, fewest_nodes * _num_processes(options), most_nodes
+
+
+def _launch(argv: list[str]) -> int:
+    """Validate here, so that a mistake is told once, then start the processes."""
     for name in OF_A_PROCESS:
         os.environ.pop(name, None)
-    options = get_args_parser().parse_args(argv)
+    options, fewest_ranks, most_nodes = parse_flags(argv)
     recipe = find_recipe(options.training_script)
     if {"-h", "--help"} & set(options.training_script_args):
         return run_main(recipe, options.training_script_args)
-    fewest_nodes, most_nodes = _num_nodes(options)
-    num_processes = _num_processes(options)
     _check_place(options, most_nodes)
-    _set_environment(num_processes)
+    _set_environment(_num_processes(options))
     if defines_main(recipe):
         from torchtune.cli.validate import validate
         from torchtune.distributed.process_group import planned_world_size
 
-        with planned_world_size(fewest_nodes * num_processes):
+        with planned_world_size(fewest_ranks):
             validate(recipe, options.training_script_args)
     return _start(options, recipe)
 
@@ -99,7 +110,10 @@ def _num_processes(options: Namespace) -> int:
     try:
         number = determine_local_world_size(options.nproc_per_node)
     except ValueError as error:
-        raise _wrong("nproc_per_node", f"{error} Use a number, or auto, cpu or gpu") from error
+        raise _wrong(
+            "nproc_per_node",
+            f"'{options.nproc_per_node}' is no number of processes; use one, or auto, cpu or gpu ({error})",
+        ) from error
     if number < 1:
         raise _wrong("nproc_per_node", f"{number} is no number of processes")
     return number

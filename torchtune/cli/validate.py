@@ -1,28 +1,35 @@
-"""`tune validate RECIPE [--config X] [key=value ...]`: check a run's options without reading a weight."""
+"""`tune validate [torchrun flags] RECIPE [--config X] [key=value ...]`: check a run's options, reading no weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torchtune.cli.find import find_recipe
-from torchtune.cli.tune import parser
 from torchtune.errors import ConfigError, did_you_mean
 from torchtune.recipes.registry import Entry, configs, recipe_of_config, recipes
 
-USAGE = "tune validate RECIPE [--config NAME_OR_PATH] [key=value ...], or tune validate CONFIG [key=value ...]"
+USAGE = """\
+usage: tune validate [torchrun flags] RECIPE [--config NAME_OR_PATH] [key=value ...]
+       tune validate [torchrun flags] CONFIG [key=value ...]
+
+  Checks a run's options without reading a weight.
+  --nproc_per_node N       before the recipe: for N processes; other torchrun flags likewise
+"""
 
 
 def run(argv: list[str]) -> int:
     """Check and print that all is well, or raise everything that is wrong."""
     if not argv or argv[0] in ("-h", "--help"):
-        parser("validate", "Check a run's options without reading a weight.").print_usage()
         print(USAGE)
         return 0 if argv else 2
+    num_ranks, argv = _without_flags(argv)
     recipe, arguments = _recipe_and_arguments(argv)
-    validate(recipe, arguments)
+    with num_ranks:
+        validate(recipe, arguments)
     print(f"{recipe.name}: the options are right")
     return 0
 
@@ -42,6 +49,17 @@ def validate(recipe: Entry, arguments: Sequence[str]) -> None:
         module.check(params)
 
 
+def _without_flags(argv: list[str]) -> tuple[AbstractContextManager[None], list[str]]:
+    """A context in which as many ranks are planned for as the flags say, and what stands behind these."""
+    if not argv[0].startswith("-"):
+        return nullcontext(), argv
+    from torchtune.cli.run import parse_flags
+    from torchtune.distributed.process_group import planned_world_size
+
+    options, fewest_ranks, _ = parse_flags(argv)
+    return planned_world_size(fewest_ranks), [options.training_script, *options.training_script_args]
+
+
 def _recipe_and_arguments(argv: list[str]) -> tuple[Entry, list[str]]:
     first, rest = argv[0], argv[1:]
     path = Path(first)
@@ -51,7 +69,10 @@ def _recipe_and_arguments(argv: list[str]) -> tuple[Entry, list[str]]:
             raise ConfigError(f"there is no config '{first}'{did_you_mean(first, configs())}", where="command line")
         named = recipe_of_config(file)
         if named is None:
-            raise ConfigError(f"{file} does not say which recipe it is for: {USAGE}", where="command line")
+            raise ConfigError(
+                f"{file} does not say which recipe it is for; name it: tune validate RECIPE --config {file}",
+                where="command line",
+            )
         return find_recipe(named), ["--config", str(file), *rest]
     return find_recipe(first), rest
 

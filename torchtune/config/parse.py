@@ -127,12 +127,38 @@ def _take_config(arguments: Arguments, name: str) -> None:
     arguments.config = name
 
 
+# torchrun's, that people write behind the recipe.
+LAUNCH_FLAGS = frozenset(
+    [
+        "nproc_per_node",
+        "nnodes",
+        "node_rank",
+        "max_restarts",
+        "standalone",
+        "master_addr",
+        "master_port",
+        "log_dir",
+        "tee",
+        "redirects",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+        "rdzv_conf",
+    ]
+)
+
+
 def _take_override(arguments: Arguments, argument: str, waiting: list[str]) -> None:
     if argument.startswith("-"):
         name, equals, value = argument.lstrip("-").partition("=")
         if not equals and waiting and "=" not in waiting[0] and not waiting[0].startswith(("-", "~")):
             value = waiting.pop(0)
-        message = f"options are written key=value: {name.replace('-', '_')}={value or '...'}"
+        flag = name.replace("-", "_")
+        message = f"options are written key=value: {flag}={value or '...'}"
+        if flag in LAUNCH_FLAGS:
+            message = (
+                f"is a flag of the launch, and goes before the recipe: tune run --{flag} {value or '...'} RECIPE ..."
+            )
         arguments.problems.append(Problem(COMMAND_LINE, argument, message))
         return
     try:

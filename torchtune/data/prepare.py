@@ -87,7 +87,8 @@ class Prepared:
             return []
         except DataError as error:
             if self._on_bad_row == "error":
-                raise
+                problem = f"{error.problem}; dataset.on_bad_row=skip leaves such rows out"
+                raise DataError(problem, source=error.source) from error
             logger.warning("skipped a row: %s", error)
             return []
         counts = CutCounts()

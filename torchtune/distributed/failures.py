@@ -54,21 +54,28 @@ def is_to_tell(rank: int) -> bool:
     """
     if _is_first or (_store is None and rank == 0):
         return True
-    is_told = _count(0) > 0
+    is_told = _count(0)
     time.sleep(SECONDS_FOR_THE_FIRST)
-    return not is_told and _count(1) <= 1
+    num_told = _count(1)
+    if is_told is None or num_told is None:
+        # The store's host is gone. On this machine it has told why, or its agent does; of another one nothing is known.
+        return _has_other_machines()
+    return not is_told and num_told <= 1
 
 
 def linger() -> None:
     """Where ranks of other machines look into a store that ends with this process, give them the time to."""
-    others = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-    if _is_first and others:
+    if _is_first and _has_other_machines():
         time.sleep(SECONDS_TO_LOOK)
 
 
-def _count(more: int) -> int:
-    """How many ranks have failed, this one included if `more` is 1; 0 where the store is gone, and its host with it."""
+def _has_other_machines() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+
+
+def _count(more: int) -> int | None:
+    """How many ranks have failed, this one included if `more` is 1; None where the store is gone, and its host with it."""
     try:
         return 0 if _store is None else _store.add("count", more)
     except dist.DistError:
-        return 0
+        return None

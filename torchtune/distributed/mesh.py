@@ -54,13 +54,17 @@ class MeshSizes:
         product = others * shard
         if product != num_ranks:
             sizes = zip(SIZES, (self.replicate, self.shard, self.context, self.tensor), strict=True)
-            given = " x ".join(f"{name}={size}" for name, size in sizes if size != 1 and size != -1)
+            given = [(name, size) for name, size in sizes if size not in (1, -1)]
+            what = " x ".join(f"{name}={size}" for name, size in given) + ": " if len(given) > 1 else ""
             verb = "does not divide" if self.shard == -1 else "is not"
-            key = next(name for name, size in zip(SIZES, self._sizes(), strict=True) if size not in (1, -1))
+            fitting = [str(n) for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+            remedy = (
+                f"sizes must divide it ({', '.join(fitting)})" if num_ranks > 1 else "one process can split nothing"
+            )
             problems.add(
-                key,
-                f"{given or 'nothing is split'}: {others if self.shard == -1 else product} {verb} the number of "
-                f"processes, {num_ranks}; start as many as there are places (--nproc_per_node, --nnodes)",
+                given[0][0] if given else "data_parallel_shard",
+                f"{what}{others if self.shard == -1 else product} {verb} the number of processes, {num_ranks}: {remedy}, "
+                "or start as many as there are places (--nproc_per_node, --nnodes)",
             )
         elif (shard * self.context) % self.expert:
             problems.add(

@@ -7,7 +7,7 @@ compares them with what lies on disk.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -24,6 +24,8 @@ Count = Annotated[int, Field(ge=1)]
 @dataclass(config=STRICT, kw_only=True)
 class LRSchedulerParams:
     """The learning rate over the run: torchtune/training/lr_schedulers.py states the formula."""
+
+    shorthand: ClassVar[str] = "name"
 
     name: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Shape of the decay after the warm-up."

@@ -25,6 +25,7 @@ from torchtune.checkpoint.steps import complete_steps, newest_step
 from torchtune.config.component import instantiate
 from torchtune.config.serialize import resolved, to_yaml
 from torchtune.distributed.attempts import is_restarted, launched_at
+from torchtune.distributed.mesh import SIZES
 from torchtune.distributed.process_group import broadcast_object, is_main
 from torchtune.errors import ConfigError
 from torchtune.recipes.params import FinetuneParams
@@ -51,6 +52,17 @@ WITHOUT_EFFECT = frozenset(
         "enable_async_checkpointing",
         "keep_last",
         "save_merged",
+        # How the same numbers are spread over ranks and kept in memory.
+        *SIZES,
+        "expert_parallel",
+        "fsdp_reshard_after_forward",
+        "fsdp_cpu_offload",
+        "fsdp_sum_once",
+        "fsdp_prefetch",
+        "enable_activation_checkpointing",
+        "ac_mode",
+        "ac_option",
+        "enable_activation_offloading",
     ]
 )
 
@@ -175,13 +187,15 @@ def save_is_due(params: FinetuneParams, step: int, *, epoch_ends: bool, run_ends
 
 
 def comparable(params: FinetuneParams) -> dict[str, Any]:
-    """The params that decide what comes out, as JSON has them."""
-    return {key: value for key, value in resolved(params).items() if key not in WITHOUT_EFFECT}
+    """The params that decide what comes out, as JSON has them; it has no infinity but its name."""
+    deciding = {key: value for key, value in resolved(params).items() if key not in WITHOUT_EFFECT}
+    found: dict[str, Any] = json.loads(json.dumps(deciding), parse_constant=str)
+    return found
 
 
 def warn_of_changes(*, before: Mapping[str, Any], params: FinetuneParams) -> None:
     """Say which keys differ from those that the checkpoint was made with."""
-    now = json.loads(json.dumps(comparable(params)))
+    now = comparable(params)
     for key in sorted(set(before) | set(now)):
         if before.get(key) != now.get(key):
             say(
