@@ -7,8 +7,7 @@ from transformers.models.auto import AutoConfig
 from tests.models.families import FAMILIES
 from tests.models.oracle import save_random
 from torchtune.checkpoint.load import load_model
-from torchtune.generation.generate import PREFILL_TOKENS, generate
-from torchtune.generation.sampling import Sampling
+from torchtune.generation.generate import generate
 from torchtune.modules.decoding import join_projections
 
 LENGTHS = (3, 1, 17, 9, 2, 30, 5, 8, 1, 12, 4, 21)

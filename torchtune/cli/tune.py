@@ -18,6 +18,7 @@ VERBS = {
     "ls": "list the recipes and configs that come with the package",
     "cp": "copy a recipe or config, to change it",
     "cat": "print a recipe or config",
+    "chat": "talk with a model in the terminal",
     "inspect": "look at data as it will be trained on: numbers, rows token by token",
     "validate": "check a run's options without reading a weight",
     "download": "fetch a checkpoint from the hub",

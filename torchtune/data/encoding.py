@@ -83,6 +83,15 @@ class Encoder:
                 samples.append(Sample(np.array(ids, np.int32), trained, source, row))
         return samples
 
+    def prompt_ids(self, text: Tracked, *, is_chat: bool) -> list[int]:
+        """The tokens of a prompt; a text that no template wrote gets BOS as the tokenizer adds it, once.
+
+        Raises:
+            DataError: a message holds a special token's text, and that is not allowed.
+        """
+        ids = self._without_forged(text, self._tokens(text)).ids
+        return ids if is_chat or self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
+
     def _tokens(self, text: Tracked) -> Tokens:
         return self.encode_batch([text])[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Literal
 
 import numpy as np
@@ -16,9 +16,6 @@ from torchtune.modules.decoder import CausalLM
 from torchtune.modules.documents import Documents
 
 PREFILL_TOKENS = 4096  # tokens of prompts that are read in one forward
-
-# Given the new tokens of a text, whether it ends here.
-Ends = Callable[[Sequence[int]], bool]
 
 
 @dataclass
@@ -40,6 +37,10 @@ class Answer:
     ended_by: Literal["stop", "length", "context"] | None = None
 
 
+# Whether an answer that has just got a token ends with it.
+Ends = Callable[[Answer], bool]
+
+
 def generate(
     model: CausalLM,
     prompts: Iterable[Sequence[int]],
@@ -49,6 +50,7 @@ def generate(
     ends: Ends | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    numbers: Iterable[int] | None = None,
     batch_size: int = 8,
     logprobs: bool = False,
 ) -> Iterator[Answer]:
@@ -62,8 +64,9 @@ def generate(
         prompts: the tokens of each, with whatever the template puts before an answer.
         max_new_tokens: of an answer at most; it ends where the model's context does, too.
         stop_ids: tokens that end an answer.
-        ends: tells from the new tokens that an answer ends.
+        ends: tells that an answer ends, once for each of its tokens.
         sampling: how a token is chosen.
+        seed, numbers: what is drawn for a prompt depends on the two; by default prompts are numbered in their order.
         batch_size: prompts at a time.
         logprobs: whether answers have them.
     Yields:
@@ -73,7 +76,7 @@ def generate(
         ValueError: a prompt without tokens, or with as many as the model has positions.
     """
     batch = _Batch(model, max_new_tokens, frozenset(stop_ids), ends, sampling, seed, logprobs)
-    waiting = iter(enumerate(prompts))
+    waiting = zip(count(), count() if numbers is None else numbers, prompts)
     was_training = model.training
     model.eval()
     try:
@@ -138,9 +141,9 @@ class _Batch:
         """By slot."""
         return {slot: text for slot, text in enumerate(self._slots) if text is not None}
 
-    def arrange(self, fresh: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Take up prompts, with their numbers, and leave no slot empty."""
-        texts = [self._text(number, ids) for number, ids in fresh]
+    def arrange(self, fresh: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Take up prompts, each with its place and the number that it is drawn by, and leave no slot empty."""
+        texts = [self._text(*each) for each in fresh]
         free = [slot for slot, text in enumerate(self._slots) if text is None]
         if len(free) == len(texts):
             for slot, text in zip(free, texts, strict=True):
@@ -208,20 +211,20 @@ class _Batch:
             return
         answer.ids.append(token)
         text.ids.append(token)
-        if self.ends is not None and self.ends(answer.ids):
+        if self.ends is not None and self.ends(answer):
             answer.ended_by = "stop"
         elif len(answer.ids) >= text.limit:
             answer.ended_by = "length" if text.limit == self.max_new_tokens else "context"
 
-    def _text(self, number: int, ids: Sequence[int]) -> _Text:
+    def _text(self, place: int, number: int, ids: Sequence[int]) -> _Text:
         limit, context = self.max_new_tokens, self.model.model.max_positions
         if not ids:
-            raise ValueError(f"prompt {number} has no token; a model needs one to go on from")
+            raise ValueError(f"prompt {place} has no token; a model needs one to go on from")
         if context is not None:
             if len(ids) >= context:
-                raise ValueError(f"prompt {number} has {len(ids)} tokens, and the model {context} positions")
+                raise ValueError(f"prompt {place} has {len(ids)} tokens, and the model {context} positions")
             limit = min(limit, context - len(ids))
-        return _Text(Answer(number), list(ids), limit, generator_of(self.seed, number))
+        return _Text(Answer(place), list(ids), limit, generator_of(self.seed, number))
 
 
 def _groups(slots: Sequence[int], num_tokens: Mapping[int, int]) -> Iterator[list[int]]:
