@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.tiny_checkpoint import save_tiny_checkpoint
+from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.recipes.full_finetune import FullFinetuneParams, FullFinetuneRecipe
 
 CASES = Path(__file__).parent.parent / "cases"
@@ -17,6 +18,20 @@ ROWS = CASES / "common_rows24.jsonl"
 def checkpoint(tmp_path_factory):
     """A tiny Llama checkpoint in fp32."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory):
+    """A tiny chat model that says different things, and one token of which stops it."""
+    folder = save_tiny_checkpoint(tmp_path_factory.mktemp("ask") / "tiny", tiny_config(max_position_embeddings=256))
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        tensors[name] = torch.randn(tensor.shape, generator=generator) * (0.3 if tensor.dim() > 1 else 0.1) + (
+            tensor.dim() == 1
+        )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture

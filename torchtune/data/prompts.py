@@ -108,7 +108,18 @@ class Prompter:
         except DataError as error:
             raise DataError(error.problem, source=error.source or prompt.source) from error
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> Tracked:
+    @property
+    def source(self) -> str:
+        """The default template's text."""
+        return self._templates["default"].source if self._templates else ""
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: list[Any] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Tracked:
         """The text of messages, up to where the model speaks.
 
         Raises:
@@ -120,7 +131,7 @@ class Prompter:
             )
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         forms, template = self._forms[name], self._templates[name]
-        return template.render_tracked(forms.apply(messages), tools, add_generation_prompt=True)
+        return template.render_tracked(forms.apply(messages), tools, add_generation_prompt=add_generation_prompt)
 
 
 def _read(record: Any, as_chat: bool, system: str | None) -> Prompt:
