@@ -234,10 +234,12 @@ class CausalLM(Block):
             raise ValueError(f"labels {tuple(labels.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
         if documents is None:
             documents = self._documents(input_ids, positions, cache)
-        self._keep_router_logits(labels is not None and self.router_loss is not None)
+        keeps = labels is not None and self.router_loss is not None
+        if keeps:
+            self._keep_router_logits(True)
         hidden = self.model(input_ids.reshape(-1), documents, dtype=self.compute_dtype, cache=cache)
-        # Off again: a layer that the backward pass computes once more must keep nothing of it.
-        self._keep_router_logits(False)
+        if keeps:  # off again: a layer that the backward pass computes once more must keep nothing of it
+            self._keep_router_logits(False)
         if self.logit_scale != 1.0:
             hidden = hidden * self.logit_scale  # the same as scaled logits, and small
         if labels is None:

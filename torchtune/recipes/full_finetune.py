@@ -45,6 +45,7 @@ from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_checkpoint import Saves, verified_training_state, write_checkpoint
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
+from torchtune.recipes.samples import open_samples
 from torchtune.recipes.upkeep import Upkeep
 from torchtune.tokenizers.tokenizer import Tokenizer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
@@ -198,6 +199,7 @@ class FullFinetuneRecipe:
         self._open.callback(self.metric_loggers.close)
         saves = Saves(self._output, in_background=params.enable_async_checkpointing)
         self._saves = self._open.enter_context(saves)
+        self._samples = open_samples(params, self._checkpoint, self._tokenizer, self.state, self._output.path)
         self._upkeep = Upkeep(
             params,
             self.state,
@@ -207,6 +209,7 @@ class FullFinetuneRecipe:
             device=self._device,
             total_steps=self._optimization.total_steps,
             evaluate=None if self._eval_dataloader is None else self.evaluate,
+            sample=None if self._samples is None else self.sample,
             save=self.save_checkpoint,
             saves=self._saves,
             until=self._open,
@@ -264,6 +267,12 @@ class FullFinetuneRecipe:
         self._eval_dataloader.set_epoch(0)
         with self._autocast:
             return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._mesh, self._device)
+
+    def sample(self, step: int) -> None:
+        """Answer the prompts of `samples`, as the model is after this step."""
+        assert self._samples is not None, "there are no prompts"
+        with self._autocast:
+            self._samples(self._model, step)
 
     def save_checkpoint(self, epoch: int | None = None) -> Path:
         """Write OUT/step_N/: the model as its source was, and recipe_state/ to resume from.

@@ -63,6 +63,35 @@ class EarlyStoppingParams:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class SamplesParams:
+    """Prompts that are answered in the middle of training."""
+
+    shorthand: ClassVar[str] = "prompts"
+
+    prompts: str | list[str] = Field(
+        description="A user's message, or several; without a template, texts to go on with."
+    )
+    every_n_steps: Count | None = Field(
+        default=None, description="Steps between; by default each epoch's end, and the run's."
+    )
+    max_new_tokens: Count = Field(default=64, description="Tokens of an answer at most.")
+    temperature: float = Field(default=0.0, ge=0, description="0: always the most likely token.")
+    top_p: float = Field(
+        default=1.0, ge=0, le=1, description="Only the most likely tokens that together have it; 1: all."
+    )
+
+    @property
+    def texts(self) -> list[str]:
+        """`prompts` as a list."""
+        return [self.prompts] if isinstance(self.prompts, str) else self.prompts
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_prompts(cls, value: Any) -> Any:
+        return {"prompts": value} if isinstance(value, str) else value
+
+
+@dataclass(config=STRICT, kw_only=True)
 class ParamGroupParams:
     """Another rate or decay for the parameters whose name matches."""
 
@@ -198,6 +227,9 @@ class FinetuneParams:
     )
     eval_every_n_steps: Count | None = Field(
         default=None, description="Steps between evaluations; by default each epoch's end, and the run's."
+    )
+    samples: SamplesParams | None = Field(
+        default=None, description="Prompts to answer now and then, kept in OUT/samples.jsonl."
     )
     early_stopping: EarlyStoppingParams | None = Field(
         default=None, description="Stop when the held-out loss stops falling."

@@ -42,6 +42,7 @@ WITHOUT_EFFECT = frozenset(
         "resume_from_checkpoint",
         "log_every_n_steps",
         "metric_logger",
+        "samples",
         "profiler",
         "num_workers",
         "device",

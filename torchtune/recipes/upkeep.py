@@ -41,6 +41,7 @@ class Upkeep:
         loggers: what metrics go to.
         total_steps: optimizer steps of the whole run; None where only the data's end will tell.
         evaluate: measures the held-out loss; None where nothing is held out.
+        sample: answers prompts after a step; None where there are none.
         save: writes a checkpoint of the step just made, given its epoch; returns the folder.
         saves: what `save` writes by, maybe in the background.
         until: closes the profiler.
@@ -57,6 +58,7 @@ class Upkeep:
         device: torch.device,
         total_steps: int | None,
         evaluate: Callable[[], float] | None,
+        sample: Callable[[int], None] | None,
         save: Callable[[int], Path],
         saves: Saves,
         until: ExitStack,
@@ -68,7 +70,7 @@ class Upkeep:
         self._loggers = loggers
         self._device = device
         self._total_steps = total_steps
-        self._evaluate = evaluate
+        self._evaluate, self._sample = evaluate, sample
         self._save = save
         self._saves = saves
         self._profiler = until.enter_context(setup_torch_profiler(**choices.profiler_options(params, output.path)))
@@ -142,6 +144,7 @@ class Upkeep:
         if epoch_ends:
             state.end_epoch(epoch)
         with self._timer.paused():
+            self._sample_if_due(step, at_an_end=epoch_ends or run_ends)
             self._save_if_due(epoch, epoch_ends=epoch_ends, run_ends=run_ends, is_best=is_best)
         return run_ends
 
@@ -159,6 +162,14 @@ class Upkeep:
             self._loggers.log_dict(metrics, step)
             self._progress.update(step, metrics)
         return is_best
+
+    def _sample_if_due(self, step: int, *, at_an_end: bool) -> None:
+        if self._sample is None:
+            return
+        assert self._params.samples is not None
+        every = self._params.samples.every_n_steps
+        if step % every == 0 if every else at_an_end:
+            self._sample(step)
 
     def _save_if_due(self, epoch: int, *, epoch_ends: bool, run_ends: bool, is_best: bool) -> None:
         params, step = self._params, self._state.total_training_steps
