@@ -80,7 +80,7 @@ def measure(
     for _ in range(options.rounds):
         seconds["torchtune"].append(per_step(by_us, options.new_tokens))
         seconds["transformers"].append(per_step(by_them, options.new_tokens))
-        seconds["products"].append(products(ours, dtype, number))
+        seconds["products"].append(products(ours, dtype, number, options.new_tokens))
     same = [
         next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), options.new_tokens)
         for one, other in zip(answers["ours"], answers["theirs"], strict=True)
@@ -99,18 +99,16 @@ def per_step(decode: Callable[[int], None], new_tokens: int) -> float:
 
 
 @torch.no_grad()
-def products(model: CausalLM, dtype: torch.dtype, number: int) -> float:
-    """Seconds of a step's weight products, the fastest of ten."""
+def products(model: CausalLM, dtype: torch.dtype, number: int, num_steps: int) -> float:
+    """Seconds of a step's weight products, the mean of as many steps as are decoded."""
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     weights.append(model.head_weight)  # type: ignore[arg-type]
     inputs = {weight.shape[1]: torch.randn(number, weight.shape[1], dtype=dtype) for weight in weights}
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
+    start = time.perf_counter()
+    for _ in range(num_steps):
         for weight in weights:
             F.linear(inputs[weight.shape[1]], weight)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return (time.perf_counter() - start) / num_steps
 
 
 def report(rows: list[dict[str, object]], dtype: torch.dtype, options: argparse.Namespace) -> None:

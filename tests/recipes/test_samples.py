@@ -48,9 +48,7 @@ def test_a_resumed_run_has_each_line_once(train, tmp_path):
     assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "keys", [(), ("tensor_parallel=2",), ("context_parallel=2",)], ids=["fsdp", "tensor", "context"]
-)
+@pytest.mark.parametrize("keys", [(), ("context_parallel=2",)], ids=["fsdp", "context"])
 def test_ranks_answer_as_one_device(checkpoint, tmp_path, two_ranks, keys):
     from tests.recipes.conftest import ROWS
 
@@ -63,6 +61,12 @@ def test_ranks_answer_as_one_device(checkpoint, tmp_path, two_ranks, keys):
     many = (*common, f"output_dir={tmp_path / 'two'}", f"gradient_accumulation_steps={shares}", *keys)
     two_ranks.run(train_on_ranks, "full_finetune", many)
     assert lines(tmp_path / "two") == lines(tmp_path / "one")
+
+
+def test_ranks_that_share_tokens_are_refused(checkpoint):
+    keys = [f"model_checkpoint={checkpoint}", "dataset=x", "samples=a", "tensor_parallel=2"]
+    with pytest.raises(ConfigError, match="samples: are not made under tensor_parallel"):
+        call(["validate", "--nproc_per_node", "2", "full_finetune", *keys])
 
 
 def test_a_prompt_as_long_as_the_context_is_refused(checkpoint, tmp_path):

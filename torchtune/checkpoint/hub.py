@@ -12,6 +12,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 # What a checkpoint is made of; other forms of the same weights are left where they are.
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.md", "LICENSE*"]
 PICKLES = ["*.bin"]
+# What only resuming needs; it has the paths of a run.
+NOT_PUBLISHED = ["recipe_state/*", "manifest.json", "merged/*", "*.writing"]
 UNWANTED = ["original/*", "onnx/*", "*/*.safetensors", "runs/*"]
 
 
@@ -87,6 +89,57 @@ def download(
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"can't be downloaded: {error}", path=repo_id) from error
     return folder
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload",
+    token: str | None = None,
+) -> str:
+    """Put a model's or an adapter's folder into a repository, in one commit; returns its address.
+
+    Args:
+        private: where the repository is new.
+        revision: a branch; made where it is not there.
+        token: the hub's token; None means that of the environment.
+    Raises:
+        CheckpointError: the folder holds no model, or the hub refuses; says what to do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")) and not any(
+        folder.glob("*.gguf")
+    ):
+        raise CheckpointError(
+            "holds no model: neither config.json nor adapter_config.json nor a GGUF file; of a run, name a step's folder",
+            path=folder,
+        )
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=NOT_PUBLISHED,
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"is no name of a repository: {error}", path=repo_id) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        remedy = "; log in with `hf auth login`, or pass a token that may write" if status in (401, 403) else ""
+        raise CheckpointError(f"the hub refuses: {error}{remedy}", path=repo_id) from error
+    except OSError as error:
+        raise CheckpointError(f"can't be uploaded: {error}", path=repo_id) from error
+    return str(address)
 
 
 def _near(path: Path) -> str:

@@ -22,6 +22,7 @@ VERBS = {
     "inspect": "look at data as it will be trained on: numbers, rows token by token",
     "validate": "check a run's options without reading a weight",
     "download": "fetch a checkpoint from the hub",
+    "push": "put a model or adapter on the hub",
 }
 USAGE = """\
 usage: tune VERB ...

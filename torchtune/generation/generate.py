@@ -157,16 +157,14 @@ class _Batch:
     @torch.no_grad()
     def advance(self) -> Iterator[Answer]:
         """Give each text one more token."""
-        lengths = self._cache.lengths
-        texts = self._texts
-        decoder = self.model.model
+        lengths, texts, decoder = self._cache.lengths, self._texts, self.model.model
         whole = [
             slot
             for slot, text in texts.items()
             if not lengths[slot] or not decoder.turns_alike(lengths[slot], len(text.ids))
         ]
         rows = [self._read(group) for group in _groups(whole, {slot: len(texts[slot].ids) for slot in whole})]
-        if going_on := [slot for slot in texts if slot not in set(whole)]:
+        if going_on := [slot for slot in texts if slot not in whole]:
             rows.append(self._step(going_on))
         self._choose([texts[slot] for slot in (*whole, *going_on)], torch.cat(rows))
         answers = [text.answer for text in texts.values()]
@@ -186,8 +184,7 @@ class _Batch:
         """The logits after texts of which all but the last token is cached: [texts, V]."""
         cache = self._cache.of(*slots)
         ids = torch.tensor([self._texts[slot].ids[-1] for slot in slots], device=self._device)
-        documents = Documents.from_lengths([1] * len(slots), starts=cache.lengths, device=self._device)
-        return self.model(ids, documents, cache=cache)
+        return self.model(ids, Documents.next_tokens(cache.lengths, self._device), cache=cache)
 
     def _choose(self, texts: Sequence[_Text], logits: Tensor) -> None:
         seen = None

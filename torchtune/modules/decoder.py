@@ -53,6 +53,7 @@ class Decoder(Block):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary = rotary
+        self._changing_rotary = {each for each in rotary if each is not None and each.for_length is not None}
         self.embedding_scale = embedding_scale
         self.max_positions = max_positions
 
@@ -88,7 +89,7 @@ class Decoder(Block):
         Where the frequencies change with the length (dynamic, longrope) it may not, and then a cache of its keys
         is of no more use.
         """
-        return all(rotary is None or rotary.turns_alike(before, after) for rotary in {*self.rotary})
+        return all(rotary.turns_alike(before, after) for rotary in self._changing_rotary)
 
     def _check_lengths(self, documents: Documents, cache: KVCache | None) -> None:
         """Refuse what there are no positions for, and a cache whose keys were turned by other frequencies."""

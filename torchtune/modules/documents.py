@@ -90,6 +90,13 @@ class Documents:
         return cls(tuple(lengths), positions.to(device), ends.to(torch.int32).to(device))
 
     @classmethod
+    def next_tokens(cls, seen: Sequence[int], device: torch.device | str | None = None) -> Documents:
+        """One token of each document, behind those that were seen of it."""
+        positions = torch.tensor(seen, device=device)
+        ends = torch.arange(len(seen) + 1, dtype=torch.int32, device=device)
+        return cls((1,) * len(seen), positions, ends)
+
+    @classmethod
     def from_positions(cls, positions: Tensor) -> Documents:
         """The documents that positions tell: one begins where a position is not the next, and with each row.
 

@@ -61,13 +61,14 @@ class LayerCache:
         keys, values = self._with_room(longest, k)
         are_all = slots == tuple(range(len(keys)))
         if are_all and min(lengths) + 1 == longest:
-            keys[:, :, longest - 1], values[:, :, longest - 1] = k, v
+            keys.select(2, longest - 1).copy_(k)
+            values.select(2, longest - 1).copy_(v)
         else:
             index = torch.tensor(slots, device=k.device)
             keys[index, :, positions], values[index, :, positions] = k, v
             if not are_all:
                 return keys[index, :, :longest], values[index, :, :longest]
-        return keys[:, :, :longest], values[:, :, :longest]
+        return keys.narrow(2, 0, longest), values.narrow(2, 0, longest)
 
     def _with_room(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers, grown if they hold fewer tokens than needed. like: [n, K, H]."""

@@ -149,7 +149,9 @@ def join(layers: Sequence[nn.Module]) -> None:
 
 
 def _places(layers: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-    return tuple((layer.weight.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()) for layer in layers)
+    # Read from where modules keep them: asked for in every step, attributes would take longer than all else here.
+    held = [layer._parameters for layer in layers]
+    return tuple((own["weight"].data_ptr(), 0 if own["bias"] is None else own["bias"].data_ptr()) for own in held)
 
 
 def has_hooks(layer: nn.Module) -> bool:

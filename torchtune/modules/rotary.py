@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,11 +34,18 @@ class RotaryAngles:
     sin: Tensor
     interleaved: bool = False
 
+    @cached_property
+    def _for_heads(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, 1, H_rot]."""
+        return self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
+
     def turn(self, x: Tensor) -> Tensor:
         """Turn the heads of x, [T, heads, H], by each token's position; dims beyond H_rot pass through."""
         size = self.cos.shape[-1]
         rotated, passed = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-        cos, sin = self.cos.unsqueeze(-2).to(x.dtype), self.sin.unsqueeze(-2).to(x.dtype)
+        cos, sin = self._for_heads
+        if cos.dtype != x.dtype:
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         if self.interleaved:
             swapped = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
         else:

@@ -270,6 +270,8 @@ class FinetuneParams:
             problems.append("eval_every_n_steps: there is nothing held out; give eval_dataset or eval_fraction")
         if not evaluates and self.early_stopping is not None:
             problems.append("early_stopping: there is nothing held out; give eval_dataset or eval_fraction")
+        if self.samples is not None and self.tensor_parallel > 1:
+            problems.append("samples: are not made under tensor_parallel, whose ranks share the tokens; leave them out")
         if self.clip_grad_norm is not None and math.isnan(self.clip_grad_norm):
             problems.append("clip_grad_norm: nan is no norm; use a positive number, null or inf")
         if self.param_dtype == "bf16" and self.dtype == "fp16":
