@@ -109,7 +109,7 @@ def ours(tmp_path, checkpoint, tasks, *keys):
         "dtype=fp32",
         "device=cpu",
         "log_samples=true",
-        "bootstrap_iters=100",
+        "bootstrap_iters=0",
     )
     assert call(["run", "evaluate", *shared, names, f"output={output}", *keys]) == 0
     return json.loads(output.read_text())
@@ -125,7 +125,7 @@ def theirs(checkpoint, tasks, **options):
     names = ["local_choice", "local_likelihood", "local_rolling", "local_until"]
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), 42)
     return simple_evaluate(
-        hf, tasks=names, task_manager=TaskManager(include_path=str(tasks)), **seeds, bootstrap_iters=100, **options
+        hf, tasks=names, task_manager=TaskManager(include_path=str(tasks)), **seeds, bootstrap_iters=0, **options
     )
 
 
