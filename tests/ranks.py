@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -90,6 +91,9 @@ def _work(rank, num_ranks, store, pipe):
             answer = (True, function(*args))
         except BaseException:  # the test shows it
             answer = (False, traceback.format_exc())
-        # Models hold their process groups, in circles; a gloo group that nobody needs wakes up all the time.
+        # Models hold their process groups, in circles, and compiled code its models; a gloo group that nobody needs
+        # wakes up all the time.
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         pipe.send(answer)
