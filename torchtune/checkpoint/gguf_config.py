@@ -15,6 +15,7 @@ from torchtune.errors import UnsupportedError
 from torchtune.tokenizers.gguf import gguf_tokenizer
 
 NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # `mscale_all_dim` is the file's multiplier times this: converters write a tenth of DeepSeek's.
 LOG_MULTIPLIERS = {"deepseek2": 10, "mistral3": 1}
@@ -70,8 +71,11 @@ def _refuse_unread(file: GGUFHeader, config: dict[str, Any]) -> None:
 
 
 def hf_generation_config(file: GGUFHeader) -> dict[str, Any]:
-    """The generation_config.json: which tokens begin and end."""
-    return _special_tokens(file)
+    """The generation_config.json: which tokens begin and end; those that end a turn or a message end it, too."""
+    found = _special_tokens(file)
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    ids = list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None))
+    return {**found, "eos_token_id": ids} if len(ids) > 1 else found
 
 
 def hf_tokenizer(file: GGUFHeader) -> dict[str, bytes]:
