@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -166,7 +167,7 @@ def trained(tokenizer: Tokenizer, size: int = 380) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*PROBES, *TEXTS, open(__file__, encoding="utf-8").read()] * 2, trainer)
+    tokenizer.train_from_iterator([*PROBES, *TEXTS, Path(__file__).read_text(encoding="utf-8")] * 2, trainer)
     return tokenizer
 
 
@@ -246,10 +247,6 @@ def test_templates_by_name(tmp_path):
     assert open_checkpoint(tmp_path / "tiny.gguf").chat_template == "{{ messages }}"
     assert plan.metadata["tokenizer.chat_template.tool_use"] == "{{ tools }}"
     assert plan.metadata["tokenizer.chat_templates"] == ["tool_use"]
-
-
-def linear(config: Any) -> None:
-    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
 QWEN3_MOE = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
