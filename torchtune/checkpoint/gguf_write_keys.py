@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from torchtune.checkpoint.gguf_mixtures import SIGMOID, SOFTMAX
+from torchtune.checkpoint.gguf_mixtures import GROUPED_EXPERTS, SIGMOID, SOFTMAX
 from torchtune.errors import UnsupportedError, did_you_mean
 from torchtune.models.build import FILES
 from torchtune.models.config import HFConfig
@@ -230,9 +230,12 @@ def _latent(config: HFConfig) -> Keys:
 
 
 def _deepseek_v2(config: HFConfig) -> Keys:
-    # Among all is within the one group of one; without the key, readers take large ones for grouped.
-    by_group = config.topk_method == "group_limited_greedy"
-    groups = _groups(config) if by_group else {"expert_group_count": 1, "expert_group_used_count": 1}
+    groups: Keys = {}
+    if config.topk_method == "group_limited_greedy":
+        groups = _groups(config)
+    elif num_experts(config) in GROUPED_EXPERTS:
+        # Readers take so many for grouped where no key says otherwise; among all is within the one group of one.
+        groups = {"expert_group_count": 1, "expert_group_used_count": 1}
     return {**_latent(config), **_routed(config, gating=SOFTMAX), **groups}
 
 

@@ -132,8 +132,8 @@ def _tokens(
 
 
 def _merges(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    pairs = content["model"]["merges"]
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in pairs]
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in content["model"]["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def _byte_level(fast: FastTokenizer, content: Mapping[str, Any], architecture: str) -> dict[str, Any]:
@@ -141,6 +141,7 @@ def _byte_level(fast: FastTokenizer, content: Mapping[str, Any], architecture: s
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _pre_name(fast, content, architecture),
         "tokenizer.ggml.merges": [" ".join(merge) for merge in _merges(content)],
+        "tokenizer.ggml.add_space_prefix": False,
     }
 
 
