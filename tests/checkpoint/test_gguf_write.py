@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers
 from gguf.quants import dequantize
@@ -21,6 +22,8 @@ from tests.checkpoint.test_gguf import TEXTS
 from tests.checkpoint.test_gguf_architectures import CASES, LLAMA, NOT_IN_FILES, some_ids
 from tests.models.oracle import assert_close, save_random
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
+from tests.trained_vocabularies import TEXTS as SENTENCEPIECE_TEXTS
+from tests.trained_vocabularies import python_lines, random_texts, sentencepiece_model
 from torchtune.checkpoint.gguf_architectures import MODEL_TYPES
 from torchtune.checkpoint.gguf_write import plan_gguf
 from torchtune.checkpoint.gguf_write_keys import WRITTEN
@@ -219,6 +222,36 @@ def test_pieces_of_sentencepiece(tmp_path):
     ours, theirs = open_checkpoint(tmp_path / "tiny.gguf").tokenizer(), open_checkpoint(folder).tokenizer()
     for text in (*TEXTS, *PROBES):
         assert ours.encode(text).ids == theirs.encode(text).ids, text
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("llama", "LlamaTokenizer"), ("gemma", "GemmaTokenizer")])
+def test_a_sentencepiece_model_keeps_its_scores(tmp_path, kind, layout):
+    """Its own; ids of the folder, and of SentencePiece for text without special tokens. What the format does otherwise is told."""
+    content = sentencepiece_model(kind)
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+    ends = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": None}
+    sizes = {"vocab_size": model.vocab_size() + 3, "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    config = transformers.LlamaConfig if kind == "llama" else transformers.Gemma3TextConfig
+    scale = {} if kind == "llama" else {"query_pre_attn_scalar": 16}
+    folder = save_tiny_checkpoint(tmp_path / "hf", config(**sizes, **ends, **scale))
+    for file in [*folder.glob("token*"), *folder.glob("special*")]:
+        file.unlink()
+    (folder / "tokenizer.model").write_bytes(content)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": layout, "add_bos_token": True}))
+    plan = write(folder, tmp_path / "tiny.gguf")
+    scores = plan.metadata["tokenizer.ggml.scores"]
+    assert scores[: model.vocab_size()] == [model.get_score(token_id) for token_id in range(model.vocab_size())]
+    told = ("a text that begins with a space", "around added tokens") if kind == "llama" else ()
+    assert len(plan.notes) == len(told)
+    assert all(map(str.startswith, plan.notes, told))
+    ours, theirs = open_checkpoint(tmp_path / "tiny.gguf").tokenizer(), open_checkpoint(folder).tokenizer()
+    assert ours.adds_bos
+    for text in (*SENTENCEPIECE_TEXTS, *TEXTS, *PROBES, *random_texts(200), *python_lines()[:200]):
+        if kind == "gemma" or not text.startswith((" ", "▁")):
+            assert ours.encode(text).ids == theirs.encode(text).ids, text
+        if kind == "llama":
+            assert ours.encode(text).ids == model.encode(text), text
 
 
 def test_what_ends_a_generation_is_kept(tmp_path):

@@ -113,7 +113,11 @@ def tokenizer_keys(
 def _tokens(
     tokenizer: Tokenizer, content: Mapping[str, Any], num_rows: int, notes: list[str]
 ) -> tuple[list[str], list[int]]:
-    """Text and type of each id; rows without a token get one that no text gives."""
+    """Text and type of each id; rows without a token get one that no text gives.
+
+    Raises:
+        UnsupportedError: the vocabulary is larger than the embedding.
+    """
     vocab: dict[str, int] = dict(content["model"]["vocab"])
     unknown = content["model"].get("unk_token")
     texts = {token_id: (text, NORMAL) for text, token_id in vocab.items()}
@@ -125,8 +129,13 @@ def _tokens(
         texts[token_id] = (text, CONTROL if text in special else USER_DEFINED)
     if unknown in vocab:
         texts[vocab[unknown]] = (unknown, UNKNOWN)
-    if beyond := sorted(text for token_id, (text, _) in texts.items() if token_id >= num_rows):
-        notes.append(f"left out, since the embedding has no row for them: {', '.join(beyond)}")
+    beyond = {token_id: text for token_id, (text, _) in texts.items() if token_id >= num_rows}
+    if any(text not in tokenizer.added_tokens for text in beyond.values()):
+        raise UnsupportedError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the embedding {num_rows} rows; a GGUF file has as many"
+        )
+    if beyond:
+        notes.append(f"left out, since the embedding has no row for them: {', '.join(beyond.values())}")
     rows = [texts.get(row, (f"[PAD{row}]", UNUSED)) for row in range(num_rows)]
     return [text for text, _ in rows], [kind for _, kind in rows]
 
