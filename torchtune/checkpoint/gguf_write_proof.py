@@ -31,6 +31,8 @@ NOT_COMPUTED = {
     *("prefix_choices", "stored_prefixes", "carried", "names_in_transformers", "peft_swaps_experts"),
     *("layout", "layouts", "router_loss", "training", "keep_router_logits"),
 }
+# Options that a reader's config has only where the architecture's files can say them.
+NOT_EVERYWHERE = ("sliding_window", "attention_chunk_size", "clip_qkv", "qk_layernorm", "use_qk_norm")
 # Keys of a file hold floats of 32 bits.
 ROUNDING = 1e-6
 
@@ -105,6 +107,9 @@ def _named(config: Mapping[str, Any], found: Mapping[str, Any]) -> str:
         for key, value in found.items()
         if key not in told and values.get(key) is not None and not key.endswith("_token_id")
         if not _alike(values.get(key), value)
+    ]
+    different += [
+        f"{key}: {values.get(key)!r} would be lost" for key in NOT_EVERYWHERE if values.get(key) and key not in found
     ]
     return "; ".join(different)
 
