@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,40 @@ def test_each_way_to_cut_text_is_found_and_gives_the_same_ids(tmp_path, layout):
     assert plan.metadata["tokenizer.ggml.pre"] == PREFERRED[layout]
     assert not plan.notes
     assert_same_ids(folder, tmp_path / "tiny.gguf")
+
+
+def test_whole_pieces_do_not_matter_where_merges_reach_every_token(tmp_path):
+    """tiktoken's way has no name of its own for some cuts; another's is taken only where it gives the same ids."""
+    tokenizer = trained(byte_level_tokenizer({}, [], LAYOUTS["qwen"]))
+    folder = with_tokenizer(tmp_path / "hf", tokenizer)
+    assert write(folder, tmp_path / "tiny.gguf").metadata["tokenizer.ggml.pre"] == "deepseek-r1-qwen"
+    assert_same_ids(folder, tmp_path / "tiny.gguf")
+    content = json.loads(tokenizer.to_str())
+    content["model"]["merges"] = content["model"]["merges"][:-40]
+    folder = with_tokenizer(tmp_path / "cut", Tokenizer.from_str(json.dumps(content)))
+    with pytest.raises(UnsupportedError, match="in a way that llama.cpp has no name for"):
+        write(folder, tmp_path / "other.gguf")
+
+
+def test_one_parameter_is_in_memory_at_a_time(tmp_path):
+    """Each is read once, after the one before it was let go of."""
+    folder = save_tiny_checkpoint(tmp_path / "hf")
+    checkpoint = open_checkpoint(folder)
+    with torch.device("meta"):
+        model = build_model(checkpoint.config)
+    checkpoint.check(model)
+    read, given, names = checkpoint.reader(model), [], []
+
+    def values(name, held):
+        # The writer's own loop holds the last one until this returns, and none before it.
+        assert not any(reference() is not None for reference in given[:-1])
+        tensor = read(name)
+        given.append(weakref.ref(tensor))
+        names.append(name)
+        return tensor
+
+    plan_gguf(checkpoint, model, kind="q8_0", name="tiny").write(tmp_path / "tiny.gguf", model, values)
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
 def test_pieces_of_sentencepiece(tmp_path):
