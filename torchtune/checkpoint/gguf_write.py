@@ -65,13 +65,15 @@ class GGUFPlan:
             for name, tensor in self.constants.items():
                 file.write(name, as_bytes(tensor, self.tensors[name].kind, library, name=name))
             for own_name, held in stored_tensors(model).items():
-                value = values(own_name, held).detach().cpu()
-                # Sums in the narrow types (Gemma's norms) would be rounded twice.
-                value = value.to(torch.promote_types(value.dtype, torch.float32))
-                for placement in self.placements[own_name]:
-                    for part, tensor in placement(value):
-                        data = as_bytes(tensor, self.tensors[part.name].kind, library, name=own_name)
-                        file.write(part.name, data, part.index or 0)
+                self._write_parameter(file, own_name, values(own_name, held))  # let go of before the next is made
+
+    def _write_parameter(self, file: GGUFWriter, own_name: str, value: Tensor) -> None:
+        # Sums in the narrow types (Gemma's norms) would be rounded twice.
+        value = value.detach().to(device="cpu", dtype=torch.promote_types(value.dtype, torch.float32))
+        for placement in self.placements[own_name]:
+            for part, tensor in placement(value):
+                kind = self.tensors[part.name].kind
+                file.write(part.name, as_bytes(tensor, kind, gguf_library(), name=own_name), part.index or 0)
 
 
 def plan_gguf(checkpoint: Checkpoint, model: CausalLM, *, kind: str | None, name: str) -> GGUFPlan:

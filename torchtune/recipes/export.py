@@ -50,7 +50,7 @@ class ExportParams:
     )
     output_dir: str = Field(description="Where the folder goes; it must not exist, or be empty.")
     format: Literal["safetensors", "gguf"] = Field(
-        default="safetensors", description="A Hugging Face folder, or one file for llama.cpp: OUT/OUT-TYPE.gguf."
+        default="safetensors", description="A Hugging Face folder; or one file for llama.cpp, as OUT/OUT-Q8_0.gguf."
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
         default="auto", description="Type of the weights in safetensors; auto: the base's."
