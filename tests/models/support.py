@@ -2,15 +2,14 @@
 
     python -m tests.models.support      writes the table anew
 
-A "yes" is a check that passed just now on a random model of the family; what has not been built for any family
-stands as "not yet".
+A "yes" is a check that passed just now on a random model of the family.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tests.adapters.peft_oracle import (
 from tests.models.oracle import (
     HEADS,
     SIZES,
+    assert_close,
     check_against_transformers,
     check_cached,
     check_packed,
@@ -37,11 +37,13 @@ from tests.models.oracle import (
 from tests.parallel.same_model import check_tensor_parallel_model
 from tests.ranks import RankPool
 from torchtune.checkpoint.gguf_architectures import ARCHITECTURES
+from torchtune.checkpoint.gguf_write_keys import WRITTEN, text_config
+from torchtune.checkpoint.load import load_model
 from torchtune.models.build import FILES, find_family
+from torchtune.recipes.export import ExportParams, ExportRecipe
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
-COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in", "LoRA", "TP")
-NOT_YET = ("GGUF out",)
+COLUMNS = ("model_type", "models", "train", "packed", "cache", "saved as it was", "GGUF in", "LoRA", "TP", "GGUF out")
 BEGIN, END = "<!-- made by tests/models/support.py -->\n", "<!-- end -->\n"
 
 _MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
@@ -100,15 +102,24 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral3": ("mistral", _SEEING | {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14}),
 }
 
+# What llama.cpp has fixed for all models of a kind, as their released checkpoints have it.
+AS_RELEASED: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8},
+    "llama4_text": {"attention_chunk_size": 8192},
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
 
-def config_of(model_type: str) -> Any:
-    """A small config of the family."""
+
+def config_of(model_type: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+    """A small config of the family; `changes` are options by model_type."""
     tokens = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    text_type, vision = PARTS.get(model_type, (model_type, {}))
+    values = {**SIZES, **HEADS, **tokens, **SPECIAL.get(text_type, {}), **(changes or {}).get(text_type, {})}
     if model_type in PARTS:
-        text_type, vision = PARTS[model_type]
-        text = {"model_type": text_type, **SIZES, **HEADS, **tokens, **SPECIAL.get(text_type, {})}
-        return AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
-    return AutoConfig.for_model(model_type, **{**SIZES, **HEADS, **tokens, **SPECIAL.get(model_type, {})})
+        return AutoConfig.for_model(model_type, text_config={"model_type": text_type, **values}, vision_config=vision)
+    return AutoConfig.for_model(model_type, **values)
 
 
 def row(model_type: str, folder: Path, ranks: RankPool) -> str:
@@ -125,8 +136,10 @@ def row(model_type: str, folder: Path, ranks: RankPool) -> str:
         "as `llama`" if model_type == "mistral" else "yes" if readable else "no",
         _tried(lambda: check_lora(folder / "lora", config)),
         _tried(lambda: ranks.run(check_tensor_parallel_model, config.to_dict())),
+        _tried(lambda: check_gguf(folder / "gguf", config_of(model_type, AS_RELEASED)))
+        if text_config(config.to_dict())["model_type"] in WRITTEN
+        else "no",
     ]
-    found += ["not yet"] * len(NOT_YET)
     return f"| `{model_type}` | {find_family(model_type).covers} | {' | '.join(found)} |\n"
 
 
@@ -143,6 +156,18 @@ def check_lora(folder: Path, config: Any) -> None:
     check_same_logits(load_theirs(ours.save_merged(folder / "merged")), ours.model, what="logits of the merged model")
 
 
+def check_gguf(folder: Path, config: Any) -> None:
+    """Exported as a GGUF file in float32 and read again: the logits of the checkpoint."""
+    save_random(folder / "hf", config)
+    recipe = ExportRecipe(
+        ExportParams(model_checkpoint=str(folder / "hf"), output_dir=str(folder / "out"), format="gguf")
+    )
+    recipe.setup()
+    ids = torch.randint(0, config.get_text_config().vocab_size, (2, 30), generator=torch.Generator().manual_seed(1))
+    written = load_model(recipe.export() / "out-F32.gguf")
+    assert_close(written(ids), load_model(folder / "hf")(ids), 1e-5, "logits of the GGUF file")
+
+
 def _tried(check: Callable[[], None]) -> str:
     try:
         check()
@@ -154,8 +179,7 @@ def _tried(check: Callable[[], None]) -> str:
 
 def main() -> None:
     """Write the table into the document."""
-    columns = (*COLUMNS, *NOT_YET)
-    head = f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}\n"
+    head = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
     with tempfile.TemporaryDirectory() as folder:
         ranks = RankPool(2)
         rows = "".join(row(model_type, Path(folder) / model_type, ranks) for model_type in sorted(FILES))

@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig
 
 from tests.checkpoint.test_gguf import tiny_file
 from tests.models.oracle import HEADS, SIZES
@@ -24,6 +24,8 @@ from tests.recipes.lora_runs import (
     transformers_model,
 )
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
+from torchtune.checkpoint.load import load_model
+from torchtune.checkpoint.open import open_checkpoint
 from torchtune.cli.tune import run
 from torchtune.quantization.kinds import packer
 
@@ -273,6 +275,91 @@ def test_new_tokens_and_their_tokenizer(checkpoint, runs, tmp_path):
     assert AutoTokenizer.from_pretrained(folder)("<think>")["input_ids"] == [
         len(AutoTokenizer.from_pretrained(checkpoint))
     ]
+
+
+@pytest.mark.parametrize("keys", [(), ("new_tokens=[<think>]", "pad_vocab_to_multiple_of=8"), (NF4,)])
+def test_a_gguf_file_has_the_adapters_merged(checkpoint, runs, tmp_path, keys):
+    """The same tensors and ids as the folder, one file under the output's name and type; transformers' logits too."""
+    step = runs(*keys)
+    folder = export(tmp_path / "folder", f"adapter={step}", "dtype=fp32")
+    out = export(tmp_path / "mine", f"adapter={step}", "format=gguf", "gguf_type=f32")
+    assert [file.name for file in out.iterdir()] == ["mine-F32.gguf"]
+    assert (out / "mine-F32.gguf").stat().st_mode & 0o777 == (tmp_path.stat().st_mode | 0o044) & 0o666
+    expected, found = load_model(folder), load_model(out / "mine-F32.gguf")
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    theirs = AutoModelForCausalLM.from_pretrained(out, gguf_file="mine-F32.gguf", dtype=torch.float32)
+    assert_same_logits(logits_of(theirs), logits_of(transformers_model(folder)))
+    one, two = (open_checkpoint(path) for path in (folder, out / "mine-F32.gguf"))
+    for text in ("Hello <think> there", "<|im_start|>user\nhi<|im_end|>\n", "naïve 日本語 🙂"):
+        assert one.tokenizer().encode(text).ids == two.tokenizer().encode(text).ids
+    assert one.chat_template == two.chat_template
+    assert one.stop_ids == two.stop_ids
+
+
+def test_a_quantised_gguf_file(checkpoint, tmp_path, capsys):
+    """q8_0 of a base alone, near its logits, and what it was trained further on from."""
+    out = export(tmp_path / "small", f"model_checkpoint={checkpoint}", "format=gguf", "gguf_type=q8_0")
+    theirs = AutoModelForCausalLM.from_pretrained(out, gguf_file="small-Q8_0.gguf", dtype=torch.float32)
+    expected = logits_of(transformers_model(checkpoint))
+    assert (logits_of(theirs) - expected).abs().max() < 0.05 * expected.abs().max()
+    again = export(tmp_path / "again", f"model_checkpoint={out}/small-Q8_0.gguf", "format=gguf")
+    assert [file.name for file in again.iterdir()] == ["again-BF16.gguf"]
+
+
+def test_what_no_gguf_file_can_be_is_refused_before_anything_is_written(checkpoint, runs, tmp_path, capsys):
+    """A type by its nearest name, keys that are not for it, a family, an output that is there."""
+    step, base, out = runs(), f"model_checkpoint={checkpoint}", tmp_path / "out"
+    capsys.readouterr()
+    gguf = (base, f"output_dir={out}", "format=gguf")
+    assert "did you mean 'q8_0'?" in refused(capsys, *gguf, "gguf_type=q8_1")
+    assert "'ggml' is none of safetensors | gguf" in refused(capsys, base, f"output_dir={out}", "format=ggml")
+    assert "gguf_type: q8_0 is a type of GGUF files" in refused(capsys, base, f"output_dir={out}", "gguf_type=q8_0")
+    said = refused(capsys, *gguf, "dtype=bf16", "max_shard_size=5GB", f"adapter={step}", "merge=false")
+    assert "dtype: bf16 is a type of safetensors" in said
+    assert "max_shard_size: a GGUF file is written whole" in said
+    assert "an adapter is not written as GGUF" in said
+    windowed = MistralConfig(**SIZES | HEADS | {"vocab_size": 400}, sliding_window=8)
+    other = save_tiny_checkpoint(tmp_path / "other", windowed)
+    capsys.readouterr()
+    said = refused(capsys, f"model_checkpoint={other}", f"output_dir={out}", "format=gguf")
+    assert "architecture 'llama': sliding_window: 8 would be lost" in said
+    assert not out.exists()
+    export(out, base, "format=gguf")
+    capsys.readouterr()
+    assert "is there and not empty" in refused(capsys, *gguf)
+
+
+def test_a_gguf_file_is_whole_or_absent(checkpoint, tmp_path, capsys, monkeypatch):
+    """A full disk in the middle leaves nothing."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torchtune.checkpoint.gguf_write.GGUFWriter.write", full)
+    keys = (f"model_checkpoint={checkpoint}", f"output_dir={tmp_path}/work/out", "format=gguf")
+    assert run(["run", "export", *keys]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "work").glob("*"))
+    assert not list((tmp_path / "work").glob(".*"))
+
+
+@pytest.mark.parametrize(("size", "num_bytes"), [("60KB", 60_000), ("0.05MiB", 52_428), ("70000", 70_000)])
+def test_shards_of_a_size(checkpoint, tmp_path, size, num_bytes):
+    """No file has more bytes of tensors, unless a tensor has; the index names each."""
+    folder = export(tmp_path / "out", f"model_checkpoint={checkpoint}", f"max_shard_size={size}")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        tensors = list(load_file(file).values())
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= num_bytes
+    assert weights(folder).keys() == weights(checkpoint).keys()
+    assert_same_logits(logits_of(transformers_model(folder)), logits_of(transformers_model(checkpoint)))
+
+
+def test_a_size_that_is_none(checkpoint, tmp_path, capsys):
+    """It is named."""
+    said = refused(capsys, f"model_checkpoint={checkpoint}", f"output_dir={tmp_path}/out", "max_shard_size=large")
+    assert "'large' is no size; 5GB, 200MB" in said
 
 
 def refused(capsys, *keys):

@@ -10,6 +10,7 @@ import math
 import mmap
 import re
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,31 +44,26 @@ class GGUFTensor:
     start: int
 
 
-class GGUFFile:
-    """A GGUF file, or a set of split ones where one of them is named.
+class GGUFHeader(ABC):
+    """What a GGUF file says, whether it is there or about to be written.
 
     Attributes:
-        metadata: the key-value pairs; a set's first file has them.
+        path: for messages.
+        metadata: the key-value pairs.
         tensors: by name.
         keys_read: what has been asked for of the architecture's keys.
         library: `gguf`, with its tables of kinds and names.
 
     Raises:
-        CheckpointError: a file is cut, damaged, no GGUF file, or absent from its set.
-        UnsupportedError: a version or a quantisation that can't be read; names the tensor and the kind.
         MissingDependencyError: the `gguf` library is not there.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.library = _gguf_library()
-        self._data: dict[Path, mmap.mmap | bytes] = {}
+        self.library = gguf_library()
+        self.metadata: Mapping[str, Any] = {}
         self.tensors: dict[str, GGUFTensor] = {}
         self.keys_read: set[str] = set()
-        pairs = [self._parse(part) for part in _parts_of(path)]
-        self.metadata: Mapping[str, Any] = pairs[0]
-        self._check_set(len(pairs))
-        self._check_kinds()
 
     @property
     def architecture(self) -> str:
@@ -95,12 +91,34 @@ class GGUFFile:
             raise CheckpointError(f"its metadata has no '{self.architecture}.{key}'", path=self.path)
         return value
 
+    @abstractmethod
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         """A tensor as float32, dequantised; writable memory of its own.
 
         Args:
             index: of the first dimension, to read no more than that: one expert of all.
         """
+
+
+class GGUFFile(GGUFHeader):
+    """A GGUF file, or a set of split ones where one of them is named; the set's first file has the metadata.
+
+    Raises:
+        CheckpointError: a file is cut, damaged, no GGUF file, or absent from its set.
+        UnsupportedError: a version or a quantisation that can't be read; names the tensor and the kind.
+        MissingDependencyError: the `gguf` library is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._data: dict[Path, mmap.mmap | bytes] = {}
+        pairs = [self._parse(part) for part in _parts_of(path)]
+        self.metadata = pairs[0]
+        self._check_set(len(pairs))
+        self._check_kinds()
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """A tensor as float32, dequantised; writable memory of its own."""
         tensor = self.tensors[name]
         shape = tensor.shape if index is None else tensor.shape[1:]
         row_bytes, num_rows = self._num_bytes(tensor.kind, tensor.shape[-1:]), math.prod(shape[:-1])
@@ -255,7 +273,12 @@ def _parts_of(path: Path) -> list[Path]:
     return parts
 
 
-def _gguf_library() -> Any:
+def gguf_library() -> Any:
+    """The `gguf` library, with its part that quantises.
+
+    Raises:
+        MissingDependencyError: it is not there.
+    """
     try:
         import gguf
         import gguf.quants

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.gguf import GGUFHeader
 from torchtune.checkpoint.gguf_keys import (
     Config,
     biases,
@@ -47,24 +47,24 @@ class Architecture:
     """
 
     model_types: tuple[str, ...]
-    config: Callable[[GGUFFile], Config]
+    config: Callable[[GGUFHeader], Config]
 
 
-def _llama(file: GGUFFile) -> Config:
+def _llama(file: GGUFHeader) -> Config:
     if file.get("expert_count"):
         return mixtral(file)
     return {**common(file, "llama", "LlamaForCausalLM"), **biases(file)}
 
 
-def _qwen2(file: GGUFFile) -> Config:
+def _qwen2(file: GGUFHeader) -> Config:
     return common(file, "qwen2", "Qwen2ForCausalLM")
 
 
-def _qwen3(file: GGUFFile) -> Config:
+def _qwen3(file: GGUFHeader) -> Config:
     return {**common(file, "qwen3", "Qwen3ForCausalLM"), "attention_bias": has(file, "attn_q.bias")}
 
 
-def _gemma(file: GGUFFile) -> Config:
+def _gemma(file: GGUFHeader) -> Config:
     config = common(file, "gemma", "GemmaForCausalLM")
     return {**config, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 
@@ -76,7 +76,7 @@ def _gemma_scale(config: Config, layers_of_largest: int) -> int:
     return int(config["head_dim"])
 
 
-def _gemma2(file: GGUFFile) -> Config:
+def _gemma2(file: GGUFHeader) -> Config:
     config = common(file, "gemma2", "Gemma2ForCausalLM")
     del config["hidden_act"]
     return {
@@ -89,7 +89,7 @@ def _gemma2(file: GGUFFile) -> Config:
     }
 
 
-def _gemma3(file: GGUFFile) -> Config:
+def _gemma3(file: GGUFHeader) -> Config:
     config = common(file, "gemma3_text", "Gemma3ForCausalLM")
     del config["hidden_act"]
     return {
@@ -103,7 +103,7 @@ def _gemma3(file: GGUFFile) -> Config:
     }
 
 
-def _phi3(file: GGUFFile) -> Config:
+def _phi3(file: GGUFHeader) -> Config:
     config = common(file, "phi3", "Phi3ForCausalLM")
     original = file.get("rope.scaling.original_context_length")
     return {
@@ -114,7 +114,7 @@ def _phi3(file: GGUFFile) -> Config:
     }
 
 
-def _starcoder2(file: GGUFFile) -> Config:
+def _starcoder2(file: GGUFHeader) -> Config:
     return {
         **common(file, "starcoder2", "Starcoder2ForCausalLM", eps="norm_epsilon"),
         "hidden_act": "gelu_pytorch_tanh",
@@ -123,7 +123,7 @@ def _starcoder2(file: GGUFFile) -> Config:
     }
 
 
-def _stablelm(file: GGUFFile) -> Config:
+def _stablelm(file: GGUFHeader) -> Config:
     config = common(file, "stablelm", "StableLmForCausalLM", eps="layer_norm_eps")
     return {
         **config,
@@ -134,7 +134,7 @@ def _stablelm(file: GGUFFile) -> Config:
     }
 
 
-def _gpt2(file: GGUFFile) -> Config:
+def _gpt2(file: GGUFHeader) -> Config:
     positions, width = number(file, "context_length"), number(file, "embedding_length")
     inner = number(file, "feed_forward_length")
     return {
@@ -153,7 +153,7 @@ def _gpt2(file: GGUFFile) -> Config:
     }
 
 
-def _gpt_neox(file: GGUFFile) -> Config:
+def _gpt_neox(file: GGUFHeader) -> Config:
     config = common(file, "gpt_neox", "GPTNeoXForCausalLM", eps="layer_norm_eps")
     del config["num_key_value_heads"]
     return {
@@ -166,24 +166,24 @@ def _gpt_neox(file: GGUFFile) -> Config:
     }
 
 
-def _phi(file: GGUFFile) -> Config:
+def _phi(file: GGUFHeader) -> Config:
     config = common(file, "phi", "PhiForCausalLM", eps="layer_norm_eps")
     return {**config, "hidden_act": "gelu_new", "partial_rotary_factor": partial_rotary(file, config)}
 
 
-def _granite(file: GGUFFile) -> Config:
+def _granite(file: GGUFHeader) -> Config:
     config = common(file, "granite", "GraniteForCausalLM")
     return {**config, **biases(file), **multipliers(file, config)}
 
 
-def _olmo2(file: GGUFFile) -> Config:
+def _olmo2(file: GGUFHeader) -> Config:
     if file.get("attention.sliding_window") is None:
         return {**common(file, "olmo2", "Olmo2ForCausalLM"), "attention_bias": has(file, "attn_q.bias")}
     config = {**common(file, "olmo3", "Olmo3ForCausalLM"), "attention_bias": has(file, "attn_q.bias")}
     return {**config, **windows(file, config, every=4)}
 
 
-def _cohere(file: GGUFFile) -> Config:
+def _cohere(file: GGUFHeader) -> Config:
     return {
         **common(file, "cohere", "CohereForCausalLM", eps="layer_norm_eps"),
         "logit_scale": decimal(file.need("logit_scale")),
@@ -192,7 +192,7 @@ def _cohere(file: GGUFFile) -> Config:
     }
 
 
-def _cohere2(file: GGUFFile) -> Config:
+def _cohere2(file: GGUFHeader) -> Config:
     config = common(file, "cohere2", "Cohere2ForCausalLM", eps="layer_norm_eps")
     return {
         **config,
@@ -202,7 +202,7 @@ def _cohere2(file: GGUFFile) -> Config:
     }
 
 
-def _glm(file: GGUFFile, model_type: str, model_class: str) -> Config:
+def _glm(file: GGUFHeader, model_type: str, model_class: str) -> Config:
     config = common(file, model_type, model_class)
     return {
         **config,
@@ -211,15 +211,15 @@ def _glm(file: GGUFFile, model_type: str, model_class: str) -> Config:
     }
 
 
-def _glm4(file: GGUFFile) -> Config:
+def _glm4(file: GGUFHeader) -> Config:
     return _glm(file, "glm4", "Glm4ForCausalLM")
 
 
-def _chatglm(file: GGUFFile) -> Config:
+def _chatglm(file: GGUFHeader) -> Config:
     return _glm(file, "glm", "GlmForCausalLM")
 
 
-def _smollm3(file: GGUFFile) -> Config:
+def _smollm3(file: GGUFHeader) -> Config:
     config = common(file, "smollm3", "SmolLM3ForCausalLM")
     return {
         **config,
@@ -231,7 +231,7 @@ def _smollm3(file: GGUFFile) -> Config:
     }
 
 
-def _mistral3(file: GGUFFile) -> Config:
+def _mistral3(file: GGUFHeader) -> Config:
     if file.get("expert_count"):
         raise UnsupportedError(f"{file.path}: 'mistral3' with experts is not supported")
     return {**common(file, "ministral3", "Ministral3ForCausalLM"), "sliding_window": None}
@@ -271,7 +271,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 MODEL_TYPES = {name for architecture in ARCHITECTURES.values() for name in architecture.model_types}
 
 
-def find_architecture(file: GGUFFile) -> Architecture:
+def find_architecture(file: GGUFHeader) -> Architecture:
     """What is known of a file's architecture.
 
     Raises:

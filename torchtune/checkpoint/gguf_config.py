@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.gguf import GGUFHeader
 from torchtune.checkpoint.gguf_architectures import find_architecture
 from torchtune.checkpoint.gguf_keys import decimal
 from torchtune.errors import UnsupportedError
 from torchtune.tokenizers.gguf import gguf_tokenizer
 
 NAMES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
+ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 ROPE_FREQS, ROPE_LONG, ROPE_SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # `mscale_all_dim` is the file's multiplier times this: converters write a tenth of DeepSeek's.
 LOG_MULTIPLIERS = {"deepseek2": 10, "mistral3": 1}
@@ -42,7 +43,7 @@ NEUTRAL = {
 SCALED_BY_DEFAULT = ("gpt_oss", "ministral3")
 
 
-def hf_config(file: GGUFFile) -> dict[str, Any]:
+def hf_config(file: GGUFHeader) -> dict[str, Any]:
     """The config.json that this file's metadata and tensors amount to.
 
     Raises:
@@ -58,7 +59,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     return {**config, **dict.fromkeys(f"{name}_id" for name in NAMES.values()), **_special_tokens(file)}
 
 
-def _refuse_unread(file: GGUFFile, config: dict[str, Any]) -> None:
+def _refuse_unread(file: GGUFHeader, config: dict[str, Any]) -> None:
     """Refuse what would change the numbers and is no option of the file's family here."""
     neutral = {**NEUTRAL, "rope.dimension_count": (config.get("head_dim"),)}
     for key in sorted(set(neutral) - file.keys_read):
@@ -69,12 +70,15 @@ def _refuse_unread(file: GGUFFile, config: dict[str, Any]) -> None:
             )
 
 
-def hf_generation_config(file: GGUFFile) -> dict[str, Any]:
-    """The generation_config.json: which tokens begin and end."""
-    return _special_tokens(file)
+def hf_generation_config(file: GGUFHeader) -> dict[str, Any]:
+    """The generation_config.json: which tokens begin and end; those that end a turn or a message end it, too."""
+    found = _special_tokens(file)
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS]
+    ids = list(dict.fromkeys(int(token_id) for token_id in ends if token_id is not None))
+    return {**found, "eos_token_id": ids} if len(ids) > 1 else found
 
 
-def hf_tokenizer(file: GGUFFile) -> dict[str, bytes]:
+def hf_tokenizer(file: GGUFHeader) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json that encode as this file's tokenizer does; none where it has none.
 
     Raises:
@@ -92,12 +96,12 @@ def hf_tokenizer(file: GGUFFile) -> dict[str, bytes]:
     }
 
 
-def _special_tokens(file: GGUFFile) -> dict[str, int]:
+def _special_tokens(file: GGUFHeader) -> dict[str, int]:
     found = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in NAMES}
     return {f"{NAMES[name]}_id": int(token_id) for name, token_id in found.items() if token_id is not None}
 
 
-def _rope_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUFHeader, config: dict[str, Any]) -> dict[str, Any] | None:
     if ROPE_FREQS in file.tensors:
         return _llama3_scaling(file, config)
     if ROPE_LONG in file.tensors:
@@ -116,7 +120,7 @@ def _rope_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any] | No
     return scaling
 
 
-def _yarn_options(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+def _yarn_options(file: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
     if file.get("rope.scaling.attn_factor", 1.0) != 1.0:
         raise UnsupportedError(f"{file.path}: rope.scaling.attn_factor is not supported with yarn")
     options: dict[str, Any] = {}
@@ -137,7 +141,7 @@ def _yarn_options(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _long_scaling(file: GGUFFile) -> dict[str, Any]:
+def _long_scaling(file: GGUFHeader) -> dict[str, Any]:
     """Phi 3's: a factor for each frequency, for short and for long texts.
 
     The attention factor follows from the context lengths, for Hugging Face as in the files of its models.
@@ -155,7 +159,7 @@ def _long_scaling(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _llama3_scaling(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
+def _llama3_scaling(file: GGUFHeader, config: dict[str, Any]) -> dict[str, Any]:
     """Llama 3.1 and later keep what each frequency is divided by; the options behind it are found again."""
     factors = file.read(ROPE_FREQS)
     head_dim, original, factor = config["head_dim"], 8192, float(factors.max())

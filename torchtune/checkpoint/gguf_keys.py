@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.gguf import GGUFHeader
 from torchtune.errors import CheckpointError, UnsupportedError
 
 Config = dict[str, Any]
@@ -17,7 +17,7 @@ def decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def number(file: GGUFFile, key: str, default: int | None = None) -> int:
+def number(file: GGUFHeader, key: str, default: int | None = None) -> int:
     """A whole number; given by layer, it is the same for all.
 
     Raises:
@@ -30,12 +30,12 @@ def number(file: GGUFFile, key: str, default: int | None = None) -> int:
     return int(values.pop())
 
 
-def has(file: GGUFFile, name: str) -> bool:
+def has(file: GGUFHeader, name: str) -> bool:
     """Whether any layer has a tensor of this name."""
     return any(tensor.endswith(f".{name}") for tensor in file.tensors)
 
 
-def shape(file: GGUFFile, name: str) -> tuple[int, ...]:
+def shape(file: GGUFHeader, name: str) -> tuple[int, ...]:
     """The shape of a tensor of a layer that has it.
 
     Raises:
@@ -47,7 +47,7 @@ def shape(file: GGUFFile, name: str) -> tuple[int, ...]:
     raise CheckpointError(f"has no tensor '{name}'", path=file.path)
 
 
-def common(file: GGUFFile, model_type: str, model_class: str, *, eps: str = "rms_norm_eps") -> Config:
+def common(file: GGUFHeader, model_type: str, model_class: str, *, eps: str = "rms_norm_eps") -> Config:
     """What nearly all have; the name of the norm's epsilon says which kind of norm it is, too."""
     kind = "_rms" if eps.startswith("rms") else ""
     hidden_size, num_heads = number(file, "embedding_length"), number(file, "attention.head_count")
@@ -72,12 +72,12 @@ def common(file: GGUFFile, model_type: str, model_class: str, *, eps: str = "rms
     return config
 
 
-def partial_rotary(file: GGUFFile, config: Config) -> float:
+def partial_rotary(file: GGUFHeader, config: Config) -> float:
     """The share of a head that is rotated."""
     return float(file.get("rope.dimension_count", config["head_dim"])) / float(config["head_dim"])
 
 
-def windows(file: GGUFFile, config: Config, *, every: int) -> Config:
+def windows(file: GGUFHeader, config: Config, *, every: int) -> Config:
     """A window on all layers but each `every`-th, unless the file has a pattern of its own."""
     pattern = file.get("attention.sliding_window_pattern", every)
     num_layers = config["num_hidden_layers"]
@@ -91,12 +91,12 @@ def windows(file: GGUFFile, config: Config, *, every: int) -> Config:
     }
 
 
-def biases(file: GGUFFile) -> Config:
+def biases(file: GGUFHeader) -> Config:
     """Which linear layers have them, as Llama says it."""
     return {"attention_bias": has(file, "attn_q.bias"), "mlp_bias": has(file, "ffn_up.bias")}
 
 
-def soft_cap(file: GGUFFile, key: str) -> float | None:
+def soft_cap(file: GGUFHeader, key: str) -> float | None:
     """A cap of logits; none where it is zero or absent."""
     value = file.get(key)
     return decimal(value) if value else None

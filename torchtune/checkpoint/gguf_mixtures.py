@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchtune.checkpoint.gguf import GGUFFile
+from torchtune.checkpoint.gguf import GGUFHeader
 from torchtune.checkpoint.gguf_keys import Config, common, decimal, has, number, partial_rotary, shape, windows
 from torchtune.errors import UnsupportedError
 
@@ -10,7 +10,7 @@ SOFTMAX, SIGMOID = 1, 2  # of `expert_gating_func`
 GROUPED_EXPERTS = (160, 256)  # how many DeepSeek V2 and V3 have
 
 
-def mixtral(file: GGUFFile) -> Config:
+def mixtral(file: GGUFHeader) -> Config:
     """Mixtral, which files call a llama."""
     return {
         **common(file, "mixtral", "MixtralForCausalLM"),
@@ -20,7 +20,7 @@ def mixtral(file: GGUFFile) -> Config:
     }
 
 
-def _experts(file: GGUFFile, num_experts: str, *, normalised: bool) -> Config:
+def _experts(file: GGUFHeader, num_experts: str, *, normalised: bool) -> Config:
     return {
         num_experts: number(file, "expert_count"),
         "num_experts_per_tok": number(file, "expert_used_count"),
@@ -28,7 +28,7 @@ def _experts(file: GGUFFile, num_experts: str, *, normalised: bool) -> Config:
     }
 
 
-def qwen2_moe(file: GGUFFile) -> Config:
+def qwen2_moe(file: GGUFHeader) -> Config:
     """Qwen1.5-MoE and Qwen2-MoE."""
     return {
         **common(file, "qwen2_moe", "Qwen2MoeForCausalLM"),
@@ -40,7 +40,7 @@ def qwen2_moe(file: GGUFFile) -> Config:
     }
 
 
-def qwen3_moe(file: GGUFFile) -> Config:
+def qwen3_moe(file: GGUFHeader) -> Config:
     """Qwen3 with experts."""
     return {
         **common(file, "qwen3_moe", "Qwen3MoeForCausalLM"),
@@ -52,7 +52,7 @@ def qwen3_moe(file: GGUFFile) -> Config:
     }
 
 
-def multipliers(file: GGUFFile, config: Config) -> Config:
+def multipliers(file: GGUFHeader, config: Config) -> Config:
     """Granite's four factors; scores are scaled as everywhere where the file has no factor for them."""
     return {
         "attention_multiplier": decimal(file.get("attention.scale") or config["head_dim"] ** -0.5),
@@ -62,7 +62,7 @@ def multipliers(file: GGUFFile, config: Config) -> Config:
     }
 
 
-def granite_moe(file: GGUFFile) -> Config:
+def granite_moe(file: GGUFHeader) -> Config:
     """Granite with experts, with or without shared ones."""
     is_shared = has(file, "ffn_down_shexp.weight")
     model_type, model_class = (
@@ -81,7 +81,7 @@ def granite_moe(file: GGUFFile) -> Config:
     return config
 
 
-def olmoe(file: GGUFFile) -> Config:
+def olmoe(file: GGUFHeader) -> Config:
     """OLMoE."""
     config = common(file, "olmoe", "OlmoeForCausalLM")
     return {
@@ -93,7 +93,7 @@ def olmoe(file: GGUFFile) -> Config:
     }
 
 
-def glm4_moe(file: GGUFFile) -> Config:
+def glm4_moe(file: GGUFHeader) -> Config:
     """GLM-4.5 and 4.6, without the layers that predict further tokens: the last of the file's."""
     config = common(file, "glm4_moe", "Glm4MoeForCausalLM")
     if file.get("expert_gating_func", SIGMOID) != SIGMOID:
@@ -114,7 +114,7 @@ def glm4_moe(file: GGUFFile) -> Config:
     }
 
 
-def llama4(file: GGUFFile) -> Config:
+def llama4(file: GGUFHeader) -> Config:
     """The text part of Llama 4."""
     config = common(file, "llama4_text", "Llama4ForCausalLM")
     num_layers = config["num_hidden_layers"]
@@ -140,7 +140,7 @@ def llama4(file: GGUFFile) -> Config:
     }
 
 
-def deepseek(file: GGUFFile) -> Config:
+def deepseek(file: GGUFHeader) -> Config:
     """DeepSeek V2 and V3: the third version has a correction for its sigmoid router."""
     is_v3 = has(file, "exp_probs_b.bias")
     if is_v3 != (file.get("expert_gating_func", SOFTMAX) == SIGMOID):
@@ -198,7 +198,7 @@ def deepseek(file: GGUFFile) -> Config:
     return config
 
 
-def gpt_oss(file: GGUFFile) -> Config:
+def gpt_oss(file: GGUFHeader) -> Config:
     """gpt-oss."""
     config = common(file, "gpt_oss", "GptOssForCausalLM")
     return {

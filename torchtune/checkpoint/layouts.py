@@ -198,6 +198,11 @@ def as_halves(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def as_pairs(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `as_halves`."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
 def _starred(name: str) -> str:
     return LAYER.sub("layers.*.", name)
 

@@ -1,7 +1,8 @@
-"""Export: a checkpoint with its adapters merged, in the type that you ask for, as a complete folder.
+"""Export: a checkpoint with its adapters merged, in the type that you ask for, as a complete folder or a GGUF file.
 
     tune run export model_checkpoint=SmolLM2-135M-Instruct adapter=runs/mine/step_100 output_dir=merged
     tune run export adapter=runs/mine/step_100 output_dir=merged dtype=bf16
+    tune run export adapter=runs/mine/step_100 output_dir=merged format=gguf gguf_type=q8_0
 
 Without `model_checkpoint` the base is the one that the adapter names. Several adapters are merged one after another;
 with `adapter_weights` their weighted sum is. One weight is in memory at a time beside the model's layout.
@@ -9,6 +10,7 @@ with `adapter_weights` their weighted sum is. One weight is in memory at a time 
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 
 from torchtune.adapters.combine import combine_adapters
+from torchtune.checkpoint.gguf_write import plan_gguf
 from torchtune.checkpoint.peft_write import save_adapter
 from torchtune.checkpoint.save import save_model, save_text_files
 from torchtune.config.parse import parse_params
@@ -28,6 +31,8 @@ from torchtune.recipes.adapted import AdaptedCheckpoint, Quantization
 from torchtune.recipes.adapters import base_name, tell_carried_path, tell_local_base
 from torchtune.training.precision import get_dtype
 from torchtune.training.progress import say
+
+POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # of a thousand
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -44,8 +49,18 @@ class ExportParams:
         default=None, description="Merge the adapters' weighted sum, one weight for each: [0.5, 0.5] is their mean."
     )
     output_dir: str = Field(description="Where the folder goes; it must not exist, or be empty.")
+    format: Literal["safetensors", "gguf"] = Field(
+        default="safetensors", description="A Hugging Face folder; or one file for llama.cpp, as OUT/OUT-Q8_0.gguf."
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
-        default="auto", description="Type of the weights written; auto: the base's."
+        default="auto", description="Type of the weights in safetensors; auto: the base's."
+    )
+    gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"] = Field(
+        default="auto",
+        description="Type of the matrices in a GGUF file; norms and biases are f32. auto: the base's, not quantised.",
+    )
+    max_shard_size: int | str | None = Field(
+        default=None, description="Most bytes of a safetensors file, like 5GB; by default as the base is split, or 5GB."
     )
     base_quantization: Quantization = Field(
         default="auto",
@@ -65,9 +80,28 @@ class ExportParams:
             )
         if not self.merge and not self.adapters:
             problems.append("merge: false writes an adapter, and none is given")
+        if self.format == "gguf":
+            problems += self._not_for_gguf()
+        elif self.gguf_type != "auto":
+            problems.append(f"gguf_type: {self.gguf_type} is a type of GGUF files; add format=gguf, or use dtype")
+        if self.max_shard_size is not None:
+            try:
+                num_bytes(self.max_shard_size)
+            except ValueError as error:
+                problems.append(f"max_shard_size: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _not_for_gguf(self) -> list[str]:
+        problems = []
+        if self.dtype != "auto":
+            problems.append(f"dtype: {self.dtype} is a type of safetensors; the type of a GGUF file is gguf_type")
+        if self.max_shard_size is not None:
+            problems.append("max_shard_size: a GGUF file is written whole")
+        if not self.merge:
+            problems.append("merge: an adapter is not written as GGUF; leave merge=false out, or format=gguf")
+        return problems
 
     @property
     def adapters(self) -> list[str]:
@@ -106,6 +140,11 @@ class ExportRecipe:
         )
         if not params.merge and len(self._base.adapters) > 1:
             self._base.adapters = [combine_adapters(self._base.adapters, [1.0] * len(self._base.adapters))]
+        if params.format == "gguf":
+            kind = None if params.gguf_type == "auto" else params.gguf_type
+            self._plan = plan_gguf(self._base.checkpoint, self._base.model, kind=kind, name=self._output.name)
+            for note in self._plan.notes:
+                say(note)
 
     def export(self) -> Path:
         """Write the folder, whole or not at all; returns it.
@@ -135,9 +174,28 @@ class ExportRecipe:
             save_adapter(folder, replace(self._base.adapters[0], base=base_name(checkpoint)), model)
             save_text_files(folder, checkpoint)
             return
+        if self._params.format == "gguf":
+            folder.mkdir(parents=True)
+            file = folder / f"{self._output.name}-{self._plan.kind.name.upper()}.gguf"
+            self._plan.write(file, model, self._base.values())
+            return
         tell_carried_path(checkpoint)
         dtype = None if self._params.dtype == "auto" else get_dtype(self._params.dtype)
-        save_model(folder, model, checkpoint, dtype=dtype, values=self._base.values())
+        largest = None if self._params.max_shard_size is None else num_bytes(self._params.max_shard_size)
+        save_model(folder, model, checkpoint, dtype=dtype, max_shard_bytes=largest, values=self._base.values())
+
+
+def num_bytes(size: int | str) -> int:
+    """A size as it is written: 5GB, 200MB, or a number of bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    found = 0 if match is None else int(float(match[1]) * (1024 if match[3] else 1000) ** POWERS[match[2].upper()])
+    if found < 1:
+        raise ValueError(f"{size!r} is no size; 5GB, 200MB or a number of bytes is")
+    return found
 
 
 def _let_others_read(folder: Path) -> None:

@@ -22,6 +22,7 @@ from torchtune.tokenizers.sentencepiece import (
     SPACE,
     UNIGRAM,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     SentencePieceModel,
     sentencepiece_tokenizer,
@@ -30,6 +31,8 @@ from torchtune.tokenizers.splits import LAYOUTS, byte_alphabet, byte_level_token
 
 _NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+# How converters call the ids that have a row in the embedding and no text; no piece contains it.
+_ROW_WITHOUT_TEXT, _NO_PIECE = re.compile(r"\[PAD\d+\]"), 0
 # Layouts by the names that stand under `tokenizer.ggml.pre`.
 _PRE = {
     "gpt2": "default gpt-2 phi-2",
@@ -116,6 +119,10 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     is_gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
     # Runs of spaces are stored as such, though pieces write a space as ▁.
     texts = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
+    types = [
+        _NO_PIECE if kind == UNUSED and _ROW_WITHOUT_TEXT.fullmatch(token) else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     model = SentencePieceModel(
         pieces=[(text, float(score), kind) for text, score, kind in zip(texts, scores, types, strict=True)],

@@ -104,6 +104,11 @@ class Tokenizer:
         """Whether the tokenizer's own post-processor puts BOS before a text."""
         return self.bos_id is not None and self._fast.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
+    @cached_property
+    def adds_eos(self) -> bool:
+        """Whether the tokenizer's own post-processor puts EOS after a text."""
+        return self.eos_id is not None and self._fast.encode("a", add_special_tokens=True).ids[-1:] == [self.eos_id]
+
     @property
     def bos_token(self) -> str | None:
         """Text of the beginning-of-sequence token."""
@@ -129,13 +134,27 @@ class Tokenizer:
         """Id of the padding token."""
         return self._named_id("pad_token")
 
+    @property
+    def sep_id(self) -> int | None:
+        """Id of the separator token."""
+        return self._named_id("sep_token")
+
+    @property
+    def mask_id(self) -> int | None:
+        """Id of the mask token."""
+        return self._named_id("mask_token")
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return str(self._fast.to_str())
+
     def _named_id(self, name: str) -> int | None:
         token = self.special.get(name)
         return None if token is None else self._fast.token_to_id(token)
 
     # Worker processes get their tokenizer by pickling; the library's object is written as JSON.
     def __getstate__(self) -> dict[str, Any]:
-        return {"json": self._fast.to_str(), "special": self.special}
+        return {"json": self.to_json(), "special": self.special}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._fast = FastTokenizer.from_str(state["json"])
