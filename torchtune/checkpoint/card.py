@@ -53,20 +53,20 @@ class Run:
         return cls(written, [line for line in lines if line["step"] <= until])
 
 
-def write_card(folder: Path, *, base: str | None, adapters: Sequence[str], run: Run | None, is_adapter: bool) -> None:
+def write_card(folder: Path, *, name: str, base: str, adapters: Sequence[str], run: Run, is_adapter: bool) -> None:
     """Write README.md, and the curve where there is one to draw.
 
     Args:
+        name: what it is called.
         base: what the model was made of, a hub id or a path, of which the name is kept.
         adapters: what was merged into it.
         run: that trained it.
         is_adapter: whether the folder is an adapter.
     """
-    points = [] if run is None else _losses(run.metrics, "loss")
+    points = _losses(run.metrics, "loss")
     if len(points) > 1:
-        held_out = _losses(run.metrics, "eval_loss") if run is not None else []
-        (folder / CURVE_FILE).write_text(curve(points, held_out), encoding="utf-8")
-    text = _front(base, is_adapter) + _body(folder.name, base, adapters, run, has_curve=len(points) > 1)
+        (folder / CURVE_FILE).write_text(curve(points, _losses(run.metrics, "eval_loss")), encoding="utf-8")
+    text = _front(base, is_adapter) + _body(name, base, adapters, run, is_adapter, has_curve=len(points) > 1)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -100,25 +100,23 @@ def curve(losses: Sequence[tuple[float, float]], held_out: Sequence[tuple[float,
     )
 
 
-def _front(base: str | None, is_adapter: bool) -> str:
+def _front(base: str, is_adapter: bool) -> str:
     """The block that the hub reads."""
     entries: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
     }
-    if base is not None and HUB_ID.fullmatch(base) and not Path(base).exists():
+    if HUB_ID.fullmatch(base) and not Path(base).exists():
         entries["base_model"] = base.partition("@")[0]
     entries["tags"] = ["torchtune"]
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---\n\n"
 
 
-def _body(name: str, base: str | None, adapters: Sequence[str], run: Run | None, *, has_curve: bool) -> str:
-    lines = [f"# {name}", ""]
-    if base is not None:
-        made = f", with {', '.join(_name(adapter) for adapter in adapters)} merged" if adapters else ""
-        lines += [f"Made from {_name(base)}{made}, with torchtune.", ""]
-    if run is None:
-        return "\n".join(lines)
+def _body(name: str, base: str, adapters: Sequence[str], run: Run, is_adapter: bool, *, has_curve: bool) -> str:
+    named = ", ".join(_name(adapter) for adapter in adapters)
+    made = f"An adapter for {_name(base)}" if is_adapter else f"Made from {_name(base)}"
+    made += f", with {named} merged" if adapters and not is_adapter else ""
+    lines = [f"# {name}", "", f"{made}, by torchtune.", ""]
     data = _paths(run.config.get("dataset"))
     if data:
         lines += [f"Trained on {', '.join(data)}.", ""]

@@ -21,7 +21,9 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 
 from torchtune.adapters.combine import combine_adapters
+from torchtune.checkpoint.card import Run, write_card
 from torchtune.checkpoint.gguf_write import plan_gguf
+from torchtune.checkpoint.hub import resolve
 from torchtune.checkpoint.peft_write import save_adapter
 from torchtune.checkpoint.save import save_model, save_text_files
 from torchtune.config.parse import parse_params
@@ -173,6 +175,7 @@ class ExportRecipe:
             tell_local_base(checkpoint)
             save_adapter(folder, replace(self._base.adapters[0], base=base_name(checkpoint)), model)
             save_text_files(folder, checkpoint)
+            self._write_card(folder)
             return
         if self._params.format == "gguf":
             folder.mkdir(parents=True)
@@ -183,6 +186,22 @@ class ExportRecipe:
         dtype = None if self._params.dtype == "auto" else get_dtype(self._params.dtype)
         largest = None if self._params.max_shard_size is None else num_bytes(self._params.max_shard_size)
         save_model(folder, model, checkpoint, dtype=dtype, max_shard_bytes=largest, values=self._base.values())
+        self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        """A model card, where a run of ours made what is exported."""
+        params = self._params
+        last = params.adapters[-1] if params.adapters else params.model_checkpoint
+        run = Run.beside(resolve(last)) if last is not None else None
+        if run is not None:
+            write_card(
+                folder,
+                name=self._output.name,
+                base=self._base.checkpoint.source,
+                adapters=params.adapters,
+                run=run,
+                is_adapter=not params.merge,
+            )
 
 
 def num_bytes(size: int | str) -> int:
