@@ -2,6 +2,7 @@
 
 import json
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -42,11 +43,23 @@ def test_transformers_reads_the_folder_with_our_logits(base, tmp_path, kind):
     """Within 1e-5 of the largest in float32; and it is another model than the dense one, by the kind's error."""
     folder = quantize(base, tmp_path / "out", f"kind={kind}")
     theirs = logits_of(transformers_model(folder))
-    assert_same_logits(logits_of(ours(folder)), theirs)
+    # bitsandbytes multiplies in bf16 on CPUs that are fast at it, whatever it is told; the next test has its weights.
+    assert_same_logits(logits_of(ours(folder)), theirs, share=0.03 if kind == "nf4" else 1e-5)
     dense = logits_of(ours(base))
     error = (theirs - dense).norm() / dense.norm()
     assert 1e-4 < error < 0.5
     assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_weights_in_nf4_are_those_that_bitsandbytes_reads(base, tmp_path, double):
+    """To the bit."""
+    folder = quantize(base, tmp_path / "out", "kind=nf4", f"double_quantization={str(double).lower()}")
+    theirs, model = transformers_model(folder), ours(folder)
+    for name, parameter in theirs.named_parameters():
+        if "_proj." in name:
+            dense = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+            assert torch.equal(dense, model.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

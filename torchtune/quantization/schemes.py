@@ -242,12 +242,16 @@ def scheme_in(config: Mapping[str, Any]) -> Scheme | None:
         scheme = replace(Scheme(kind), group_size=weights.get("group_size") if kind in GROUPED else None)
         ours = scheme.config((), torch.float32)
         wanted = ours["config_groups"]["group_0"]
-        same = all(weights.get(name) == value for name, value in wanted["weights"].items())
-        same &= (inputs is None) == (wanted["input_activations"] is None)
-        same &= inputs is None or all(inputs.get(name) == value for name, value in wanted["input_activations"].items())
+        same = _agrees(weights, wanted["weights"]) and (inputs is None) == (wanted["input_activations"] is None)
+        same = same and (inputs is None or _agrees(inputs, wanted["input_activations"]))
         if same and config.get("format") == ours["format"]:
             return scheme
     return None
+
+
+def _agrees(said: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a part of a config says what is wanted; it may say more."""
+    return all(said.get(name) == value for name, value in wanted.items())
 
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
