@@ -69,7 +69,7 @@ def test_only_layers_of_the_blocks_are_quantised(base, tmp_path, kind):
     before, after = load_file(base / "model.safetensors"), load_file(folder / "model.safetensors")
     dense = {name for name in before if "_proj." not in name}
     assert all(torch.equal(after[name], before[name]) for name in dense)
-    assert not any(torch.equal(after.get(name, torch.empty(0)), before[name]) for name in before.keys() - dense)
+    assert not any(name in after and after[name].dtype == torch.float32 for name in before.keys() - dense)
     num_weights = sum(before[name].numel() for name in before.keys() - dense)
     num_bits = 8 * sum(tensor.nbytes for name, tensor in after.items() if name not in dense)
     if kind != "nf4":  # whose tables, the same for each layer, weigh on layers as small as these

@@ -71,7 +71,7 @@ def quantised_layers(model: CausalLM, scheme: Scheme, *, head: bool = False) -> 
             raise ConfigError("the head is the embedding, which stays dense; leave it out", key="quantize_head")
         found = {name: module for name, module in modules.items() if name in ("lm_head", "embed_out")}
         layers |= found
-    refused = {name: scheme.why_not((layer.out_features, layer.in_features)) for name, layer in layers.items()}  # type: ignore[arg-type]  # all linear ones have them
+    refused = {name: scheme.why_not((layer.out_features, layer.in_features)) for name, layer in layers.items()}
     problems, named = Problems(), [f"{name} {why}" for name, why in refused.items() if why]
     for text in named[:SHOWN]:
         problems.add("group_size", text)
