@@ -40,8 +40,8 @@ HELD_OUT = 20  # of so many documents one
 def main() -> None:
     """Train, round, train rounded; print the tables and write them under results/."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--base-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--group-sizes", type=int, nargs="*", default=[32, 128])
     parser.add_argument("--name", default="quantized-loss")
     options = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
         work = Path(folder)
         train, held_out = write_texts(work)
         random_checkpoint(work / "random", train)
-        base = tune_up(work / "base", work / "random", train, options.base_steps, lr=3e-3)
+        base = tune_up(work / "base", work / "random", train, options.base_steps, lr=5e-3)
         more = tune_up(work / "more", base, train, options.steps, lr=1e-3)
         dense = loss(more, held_out)
         kinds = {kind: loss(quantized(work / kind, more, kind), held_out) for kind in KINDS}

@@ -1,16 +1,20 @@
 """quantize and qat by the command line: what they write is read by transformers and here, with the same logits."""
 
 import json
+import shutil
+import sys
 
 import bitsandbytes
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, MixtralConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BitsAndBytesConfig, MixtralConfig
+from transformers.models.auto import AutoModelForCausalLM
 
 from tests.models.oracle import HEADS, SIZES
-from tests.recipes.conftest import ROWS
+from tests.recipes.conftest import ROWS, metrics_of
 from tests.recipes.lora_runs import assert_same_logits, last_step, logits_of, lora, transformers_model
+from tests.recipes.many_ranks import train
 from tests.tiny_checkpoint import save_tiny_checkpoint, tiny_config
 from torchtune.cli.tune import run
 from torchtune.quantization.schemes import KINDS, scheme_of
@@ -60,6 +64,18 @@ def test_weights_in_nf4_are_those_that_bitsandbytes_reads(base, tmp_path, double
         if "_proj." in name:
             dense = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
             assert torch.equal(dense, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_what_transformers_quantised_to_nf4_is_read_too(base, tmp_path, double):
+    """Its own folder, by bitsandbytes, has the weights that we make of the same base."""
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=asked, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "theirs")
+    mine = quantize(base, tmp_path / "mine", "kind=nf4", f"double_quantization={str(double).lower()}")
+    found, expected = ours(tmp_path / "theirs").state_dict(), ours(mine).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,6 +171,39 @@ def test_what_can_not_be_is_refused_before_weights_load(base, tmp_path, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_quantised_folder_is_trained_on_as_a_dense_one(base, tmp_path):
+    """What is written has its types, and says nothing of a quantisation."""
+    once = quantize(base, tmp_path / "once", "kind=int8")
+    assert run(["run", "full_finetune", *qat_keys(once, tmp_path / "run", "optimizer.lr=0.0", "max_steps=1")]) == 0
+    step = last_step(tmp_path / "run")
+    assert "quantization_config" not in json.loads((step / "config.json").read_text())
+    assert_same_logits(logits_of(transformers_model(step)), logits_of(ours(once)))
+
+
+@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_an_absent_library_is_named_before_weights_load(base, tmp_path, capsys, monkeypatch, kind, package):
+    """With the extra that installs it."""
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    keys = [f"model_checkpoint={base}", f"output_dir={tmp_path / 'out'}", f"kind={kind}"]
+    assert run(["run", "quantize", *keys]) != 0
+    said = capsys.readouterr().err
+    assert f"kind={kind}" in said
+    assert package in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_missing_is_named(base, tmp_path, capsys):
+    """By the tensor that it belongs to."""
+    folder = quantize(base, tmp_path / "out", "kind=int4")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_packed"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert run(["run", "evaluate", f"model_checkpoint={folder}", f"dataset={ROWS}"]) != 0
+    assert "model.layers.1.mlp.up_proj.weight_packed" in capsys.readouterr().err
+
+
 def test_mixtures_and_quantised_ones_are_refused(base, tmp_path, capsys):
     """Each by the reason."""
     sizes = SIZES | HEADS | {"vocab_size": 400, "num_hidden_layers": 1, "num_local_experts": 3}
@@ -196,3 +245,32 @@ def test_qat_under_its_old_name_and_what_does_not_go_with_it(base, tmp_path, cap
     ):
         assert run(["validate", "full_finetune", *qat_keys(base, tmp_path / "other", *keys)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_rounded_run_goes_on_to_the_same_bits(base, tmp_path):
+    """From its checkpoint in the middle."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    keys = ("qat=int4", "max_steps=4", "save_every_n_steps=2", "keep_last=null")
+    assert run(["run", "full_finetune", *qat_keys(base, whole, *keys)]) == 0
+    shutil.copytree(whole, out, symlinks=True)
+    shutil.rmtree(out / "step_4")
+    assert run(["run", "full_finetune", *qat_keys(base, out, *keys, "resume_from_checkpoint=true")]) == 0
+    for name in ("model.safetensors", "quantized/model.safetensors"):
+        assert (out / "step_4" / name).read_bytes() == (whole / "step_4" / name).read_bytes()
+
+
+def test_a_rounded_run_on_two_ranks(base, tmp_path, two_ranks):
+    """Its losses are one rank's, but for codes that a last bit turns; its quantised model is what quantize makes."""
+    keys = ("qat=int4", "packed=false", "optimizer=torch.optim.SGD", "optimizer.lr=0.01")
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    train("full_finetune", qat_keys(base, alone, *keys, "batch_size=4"))
+    two_ranks.run(train, "full_finetune", qat_keys(base, out, *keys, "batch_size=2"), timeout_s=200)
+    for line, other in zip(metrics_of(alone), metrics_of(out), strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-3)
+    assert metrics_of(out)[0]["loss"] == pytest.approx(metrics_of(alone)[0]["loss"], rel=1e-5)
+    step = last_step(out)
+    folder = quantize(step, tmp_path / "quantized", "kind=int4")
+    found = load_file(step / "quantized" / "model.safetensors")
+    expected = load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

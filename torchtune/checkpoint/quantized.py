@@ -16,7 +16,7 @@ from torchtune.checkpoint.headers import TensorHeader, WeightSource
 from torchtune.distributed.part import Part
 from torchtune.errors import CheckpointError
 from torchtune.modules.stored import stored_pieces
-from torchtune.quantization.schemes import NF4_STATE, Scheme, state_of
+from torchtune.quantization.schemes import NF4_STATE, Scheme, nf4_state
 
 
 class QuantizedWeights(WeightSource):
@@ -85,7 +85,7 @@ class QuantizedWeights(WeightSource):
     def _shape(self, layer: str, stored: Mapping[str, TensorHeader]) -> tuple[int, ...]:
         first = stored[self._first(layer, stored)]
         if self.scheme.kind == "nf4":
-            return tuple(state_of({NF4_STATE: self._stored.read(layer + NF4_STATE)})["shape"])
+            return tuple(nf4_state(self._stored.read(layer + NF4_STATE))["shape"])
         if not self.scheme.is_packed:
             return first.shape
         if f"{layer}weight_shape" not in stored:

@@ -70,6 +70,19 @@ class Scheme:
         """Whether integers lie several in an int32."""
         return self.kind in ("int4", "int8")
 
+    def need_library(self, key: str) -> None:
+        """Import what makes this kind.
+
+        Args:
+            key: the option that asks for it, for the message.
+        Raises:
+            MissingDependencyError: it is not installed.
+        """
+        if self.kind == "nf4":
+            libraries.bitsandbytes(f"{key}={self.kind}")
+        elif not self.is_float:
+            libraries.torchao(f"{key}={self.kind}")
+
     def why_not(self, shape: Sequence[int]) -> str | None:
         """Why a matrix of this shape can't be quantised, or None."""
         if self.kind == "nf4" or self.group_size is None or shape[-1] % self.group_size == 0:
@@ -189,7 +202,10 @@ class Scheme:
         if not matrix.isfinite().all():
             raise CheckpointError("a weight that is to be quantised holds values that are not finite")
         codes, state = library.quantize_4bit(
-            matrix.contiguous(), blocksize=NF4_BLOCK, compress_statistics=self.double_quantization, quant_type="nf4"
+            matrix.contiguous() if matrix.dtype.itemsize < 8 else matrix.float(),
+            blocksize=NF4_BLOCK,
+            compress_statistics=self.double_quantization,
+            quant_type="nf4",
         )
         parts = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
         said = bytes(parts[NF4_STATE].tolist()).ljust(NF4_STATE_BYTES)
@@ -281,6 +297,10 @@ def _fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
-def state_of(parts: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What bitsandbytes says of a weight that it quantised: its shape and type among others."""
-    return dict(json.loads(bytes(parts[NF4_STATE].tolist()).decode()))
+def nf4_state(stored: Tensor) -> dict[str, Any]:
+    """What bitsandbytes says of a weight that it quantised: its shape and type among others.
+
+    Args:
+        stored: the tensor that `NF4_STATE` names.
+    """
+    return dict(json.loads(bytes(stored.tolist()).decode()))

@@ -11,7 +11,6 @@ from torchtune.checkpoint.open import Checkpoint
 from torchtune.config.strict import STRICT
 from torchtune.errors import ConfigError
 from torchtune.modules.decoder import CausalLM
-from torchtune.quantization import libraries
 from torchtune.quantization.encoding import quantised_layers
 from torchtune.quantization.schemes import Scheme, scheme_of
 from torchtune.recipes.params import Count, FinetuneParams
@@ -61,7 +60,7 @@ def check_qat(params: QATParams, checkpoint: Checkpoint, model: CausalLM) -> Non
     scheme = qat_scheme(params)
     if scheme is None:
         return
-    libraries.torchao(f"qat={params.qat}")
+    scheme.need_library("qat")
     try:
         quantised_layers(model, scheme)
     except ConfigError as error:

@@ -74,7 +74,12 @@ class QuantizeRecipe:
         )
 
     def setup(self) -> None:
-        """Open base, adapters and data; decide what is quantised, and whether it can be."""
+        """Open base, adapters and data; decide what is quantised, and whether it can be.
+
+        Raises:
+            ConfigError, CheckpointError, UnsupportedError: as `check`.
+            MissingDependencyError: the kind's library is not installed.
+        """
         params = self._params
         self._base = AdaptedCheckpoint.open(
             params.model_checkpoint, params.adapters, quantization=params.base_quantization
@@ -85,6 +90,7 @@ class QuantizeRecipe:
                 f"{self._base.checkpoint.source} is quantised already; give the checkpoint that it was made from",
                 key="model_checkpoint",
             )
+        self._scheme.need_library("kind")
         self._encoding = encoding_of(self._base.model, self._scheme, head=params.quantize_head)
         if params.dataset is not None:
             self._before = self._evaluation(params.model_checkpoint, params.adapters)
@@ -93,7 +99,6 @@ class QuantizeRecipe:
         """Write the folder, whole or not at all; returns its size, and the losses that were asked for.
 
         Raises:
-            MissingDependencyError: the kind's library is not installed.
             CheckpointError: a weight is not finite, or the folder can't be written.
         """
         checkpoint = self._base.checkpoint
