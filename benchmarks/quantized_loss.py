@@ -43,10 +43,12 @@ def main() -> None:
     parser.add_argument("--base-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--group-sizes", type=int, nargs="*", default=[32, 128])
+    parser.add_argument("--work", help="Folder to keep; what lies there of an earlier run is not made again.")
     parser.add_argument("--name", default="quantized-loss")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+        work = Path(options.work or folder)
+        work.mkdir(exist_ok=True)
         train, held_out = write_texts(work)
         random_checkpoint(work / "random", train)
         base = tune_up(work / "base", work / "random", train, options.base_steps, lr=5e-3)
@@ -81,6 +83,8 @@ def write_texts(work: Path) -> tuple[Path, Path]:
 
 def random_checkpoint(folder: Path, text: Path) -> None:
     """A random Llama with a tokenizer trained on the text."""
+    if folder.exists():
+        return
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,22 +131,16 @@ def tune(recipe: str, **keys: Any) -> None:
 def tune_up(out: Path, start: Path, data: Path, steps: int, *, lr: float, **keys: Any) -> Path:
     """Train in float32 from a checkpoint; returns the last one."""
     fixed = {"dtype": "fp32", "max_seq_len": 512, "batch_size": 4, "gradient_accumulation_steps": 1}
-    tune(
-        "full_finetune",
-        model_checkpoint=start,
-        dataset=data,
-        output_dir=out,
-        max_steps=steps,
-        **fixed,
-        **keys,
-        **{"optimizer.lr": lr},
-    )
+    keys |= {"optimizer.lr": lr, **fixed}
+    if not (out / f"step_{steps}").exists():
+        tune("full_finetune", model_checkpoint=start, dataset=data, output_dir=out, max_steps=steps, **keys)
     return out / f"step_{steps}"
 
 
 def quantized(out: Path, model: Path, kind: str, **keys: Any) -> Path:
     """A checkpoint quantised."""
-    tune("quantize", model_checkpoint=model, output_dir=out, kind=kind, **keys)
+    if not out.exists():
+        tune("quantize", model_checkpoint=model, output_dir=out, kind=kind, **keys)
     return out
 
 
