@@ -174,9 +174,10 @@ def report(
         "| --- | --- | --- | --- |",
     ]
     for group_size, (plain, trained) in recovered.items():
-        share = (plain - trained) / (plain - dense)
+        # Of next to nothing any share can be recovered.
+        share = f"{(plain - trained) / (plain - dense):.0%}" if plain > 1.01 * dense else "(lost less than 1 %)"
         lines.append(
-            f"| {group_size} | {plain:.4f} ({plain / dense - 1:+.2%}) | {trained:.4f} ({trained / dense - 1:+.2%}) | {share:.0%} |"
+            f"| {group_size} | {plain:.4f} ({plain / dense - 1:+.2%}) | {trained:.4f} ({trained / dense - 1:+.2%}) | {share} |"
         )
     text = "\n".join(lines) + "\n"
     print(text)
