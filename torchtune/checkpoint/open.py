@@ -24,10 +24,12 @@ from torchtune.checkpoint.hub import resolve
 from torchtune.checkpoint.layouts import in_hugging_face_layout
 from torchtune.checkpoint.meta_params import config_from_params
 from torchtune.checkpoint.mxfp4 import MXFP4Weights
+from torchtune.checkpoint.quantized import QuantizedWeights, dense_dtype
 from torchtune.distributed.part import Part, holding, parts
 from torchtune.errors import CheckpointError, UnsupportedError, did_you_mean
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import Piece, fit_layouts, stored_pieces, stored_shapes, stored_tensors
+from torchtune.quantization.schemes import scheme_in
 from torchtune.tokenizers.files import (
     TOKENIZER_FILES,
     has_vocabulary,
@@ -392,9 +394,11 @@ def _check_config(checkpoint: Checkpoint) -> None:
         checkpoint.weights = MXFP4Weights(checkpoint.weights)
     elif quantization and method == "fp8":
         checkpoint.weights = FP8Weights(checkpoint.weights, quantization)
+    elif quantization and (scheme := scheme_in(quantization)) is not None:
+        checkpoint.weights = QuantizedWeights(checkpoint.weights, scheme, dense_dtype(config))
     elif quantization:
         raise UnsupportedError(
-            f"{checkpoint.path}: its weights are quantised by '{method}', which can't be trained on here; "
+            f"{checkpoint.path}: its weights are quantised by '{method}' in a way that is not read here; "
             "use the checkpoint that it was made from"
         )
     spellings = {key: config[key] for key in ("dtype", "torch_dtype") if config.get(key) not in (None, "auto")}

@@ -23,6 +23,7 @@ from torchtune.distributed.peers import open_peers
 from torchtune.errors import CheckpointError
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.stored import Piece, stored_pieces, stored_tensors
+from torchtune.quantization.encoding import Encoding
 
 MAX_SHARD_BYTES = 5 * 10**9
 MIN_SHARD_BYTES = 64 * 2**20
@@ -42,6 +43,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     values: Callable[[str, Tensor], Tensor] | None = None,
     held: Held | None = None,
+    encoding: Encoding | None = None,
 ) -> None:
     """Write a model into `folder` as the checkpoint that it came from. Every rank calls it, and writes files of its own.
 
@@ -58,6 +60,7 @@ def save_model(
         values: makes of a parameter's name and what the model holds what is written, before it is cast: merged
             adapters. One is made at a time. Where its `needs_held(name)` denies it, it is not given the whole.
         held: what the ranks hold, where that is known already; by default it is found out.
+        encoding: which tensors are written quantised, and how; the config says so.
     Raises:
         CheckpointError: one of `values` is not finite, or would not be in the type that it is saved in.
         RankError: another rank failed.
@@ -66,17 +69,24 @@ def save_model(
         with open_peers() as peers:
             everything = Held.by(model, peers)
             save_model(
-                folder, model, checkpoint, max_shard_bytes=max_shard_bytes, dtype=dtype, values=values, held=everything
+                folder,
+                model,
+                checkpoint,
+                max_shard_bytes=max_shard_bytes,
+                dtype=dtype,
+                values=values,
+                held=everything,
+                encoding=encoding,
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    plan = _plan(model, checkpoint, dtype)
+    plan = _plan(model, checkpoint, dtype, encoding)
     max_bytes = max_shard_bytes or _shard_bytes(checkpoint) or MAX_SHARD_BYTES
     files = _files(plan, _bytes_a_file(plan, max_bytes, held.peers.size))
-    writer = _Writer(folder, checkpoint, values, held)
+    writer = _Writer(folder, checkpoint, values, held, encoding)
     writer.write(files)
     if held.peers.is_main:
-        held.attempt(_write_rest, folder, checkpoint, dtype, files)
+        held.attempt(_write_rest, folder, checkpoint, dtype, files, encoding)
     held.attempt.finish()
     held.peers.meet()
 
@@ -98,6 +108,7 @@ class _Entry:
     Attributes:
         own_name: the parameter that it comes from; None where it is read from the source again.
         piece: what it is of that.
+        encoded: the tensor that it is made of by quantising, where it is.
     """
 
     name: str
@@ -105,13 +116,16 @@ class _Entry:
     dtype: torch.dtype
     own_name: str | None = None
     piece: Piece | None = None
+    encoded: str | None = None
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _plan(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[_Entry]:
+def _plan(
+    model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype | None, encoding: Encoding | None
+) -> list[_Entry]:
     """All tensors of the files, in the model's order."""
     plan = list[_Entry]()
     carried, pieces, parts_held = checkpoint.carried(model), stored_pieces(model), parts(model)
@@ -121,6 +135,10 @@ def _plan(model: CausalLM, checkpoint: Checkpoint, dtype: torch.dtype | None) ->
         for piece in pieces[own_name]:
             shape = piece.stored(piece.region(parts_held[own_name].whole)).shape
             saved_as = dtype or checkpoint.tensors[piece.name].dtype
+            if encoding is not None and piece.name in encoding.names:
+                described = encoding.described(piece.name, shape)
+                plan += [_Entry(name, *said, own_name, piece, piece.name) for name, said in described.items()]
+                continue
             plan.append(_Entry(piece.name, shape, saved_as, own_name, piece))
             if piece.name == embedding:
                 plan += [_Entry(head, shape, saved_as, own_name, piece) for head in heads]
@@ -157,9 +175,15 @@ class _Writer:
     """Writes files, as many at a time as there are ranks, each on one of them (`writing_rank`)."""
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, values: Callable[[str, Tensor], Tensor] | None, held: Held
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        values: Callable[[str, Tensor], Tensor] | None,
+        held: Held,
+        encoding: Encoding | None,
     ) -> None:
         self._folder, self._checkpoint, self._values, self._held = folder, checkpoint, values, held
+        self._encoding, self._encoded = encoding, dict[str, Tensor]()
         self._needs_held: Callable[[str], bool] = getattr(values, "needs_held", lambda name: True)
         self._made: tuple[str, Tensor] | None = None
         self._scratch = Scratch()
@@ -202,7 +226,9 @@ class _Writer:
             return held.attempt(self._carried, entry) if held.peers.rank == at else None
         if self._values is None:
             region = piece.region(held.parts[own_name].whole)
-            return held.put_together(own_name, at, region=region, dtype=entry.dtype, scratch=self._scratch)
+            # What is quantised is quantised from all that is held of it.
+            dtype = None if entry.encoded else entry.dtype
+            return held.put_together(own_name, at, region=region, dtype=dtype, scratch=self._scratch)
         if not is_next:
             given = held.put_together(own_name, at) if self._needs_held(own_name) else held.tensors[own_name]
             if held.peers.rank == at:
@@ -217,10 +243,23 @@ class _Writer:
         return self._checkpoint.weights.read(entry.name).to(entry.dtype)
 
     def _write_one(self, file: TensorWriter, entry: _Entry, tensor: Tensor) -> None:
+        if entry.encoded is not None:
+            file.write(entry.name, self._encode(entry, entry.encoded, tensor))
+            return
         saved = tensor.detach().to(device="cpu", dtype=entry.dtype).reshape(entry.shape)
         if self._values is not None and entry.own_name is not None and not saved.isfinite().all():
             raise CheckpointError(_why_not_finite(entry.name, tensor, saved.dtype), path=self._checkpoint.path)
         file.write(entry.name, saved)
+
+    def _encode(self, entry: _Entry, name: str, tensor: Tensor) -> Tensor:
+        """One of the tensors that a quantised one becomes; the others are kept until they are written."""
+        if entry.name not in self._encoded:
+            assert self._encoding is not None
+            try:
+                self._encoded = self._encoding.encode(name, tensor.detach().cpu())
+            except CheckpointError as error:
+                raise CheckpointError(f"'{name}': {error.problem}", path=self._checkpoint.path) from error
+        return self._encoded.pop(entry.name)
 
 
 def _why_not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
@@ -242,14 +281,21 @@ def _shard_bytes(checkpoint: Checkpoint) -> int | None:
 
 
 def _write_rest(
-    folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None, files: Mapping[str, Sequence[_Entry]]
+    folder: Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    files: Mapping[str, Sequence[_Entry]],
+    encoding: Encoding | None,
 ) -> None:
     """Everything that is no weight."""
     if len(files) > 1:
         total = sum(entry.num_bytes for entries in files.values() for entry in entries)
         weight_map = {entry.name: name for name, entries in files.items() for entry in entries}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", _honest_config(checkpoint, dtype))
+    config = _honest_config(checkpoint, dtype)
+    if encoding is not None:
+        config["quantization_config"] = encoding.config(dtype or checkpoint.held_dtype)
+    _write_json(folder / "config.json", config)
     save_text_files(folder, checkpoint)
     if checkpoint.path.is_dir():
         _carry_over(checkpoint.path, folder)

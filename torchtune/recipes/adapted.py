@@ -23,11 +23,13 @@ from torchtune.checkpoint.hub import resolve
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint, text_files
 from torchtune.checkpoint.peft_names import CONFIG as ADAPTER_CONFIG
 from torchtune.checkpoint.peft_read import read_adapter, read_adapter_config
+from torchtune.checkpoint.quantized import QuantizedWeights
 from torchtune.checkpoint.training_state import run_params
 from torchtune.checkpoint.vocabulary import grow_vocabulary
 from torchtune.errors import CheckpointError, ConfigError
 from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
+from torchtune.quantization.activations import apply_activation_rounding
 from torchtune.quantization.kinds import packable, packer
 from torchtune.recipes.adapters import warn_of_other_base
 from torchtune.training.progress import say
@@ -116,6 +118,9 @@ class AdaptedCheckpoint:
                 return values(name, stored).to(dtype=dtype, device=device)
 
             self.checkpoint.load_into(model, device=device, place=place)
+        weights = self.checkpoint.weights
+        if isinstance(weights, QuantizedWeights):
+            apply_activation_rounding(model, weights.scheme, weights.layers_of(model))
         return model.eval()
 
     def takes_part_out(self) -> bool:

@@ -11,14 +11,12 @@ with `adapter_weights` their weighted sum is. One weight is in memory at a time 
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
 
 from torchtune.adapters.combine import combine_adapters
 from torchtune.checkpoint.card import Run, write_card
@@ -28,9 +26,9 @@ from torchtune.checkpoint.peft_write import save_adapter
 from torchtune.checkpoint.save import save_model, save_text_files
 from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
-from torchtune.errors import CheckpointError, ConfigError
 from torchtune.recipes.adapted import AdaptedCheckpoint, Quantization
 from torchtune.recipes.adapters import base_name, tell_carried_path, tell_local_base
+from torchtune.recipes.output_folder import output_folder, written_whole
 from torchtune.training.precision import get_dtype
 from torchtune.training.progress import say
 
@@ -125,11 +123,7 @@ class ExportRecipe:
 
     def __init__(self, params: ExportParams) -> None:
         self._params = params
-        self._output = Path(params.output_dir).absolute()
-        if self._output == Path.cwd():
-            raise ConfigError("the folder that you are in can't be replaced; name another", key="output_dir")
-        if self._output.exists() and (not self._output.is_dir() or any(self._output.iterdir())):
-            raise ConfigError(f"{self._output} is there and not empty; name another folder", key="output_dir")
+        self._output = output_folder(params.output_dir)
 
     def setup(self) -> None:
         """Open the base and read the adapters; compare them."""
@@ -154,18 +148,8 @@ class ExportRecipe:
         Raises:
             CheckpointError: it can't be written, or a value is beyond what `dtype` holds.
         """
-        beside = self._output.with_name(f".{self._output.name}.writing")
-        shutil.rmtree(beside, ignore_errors=True)
-        try:
-            self._write(beside)
-            _let_others_read(beside)
-            if self._output.exists():
-                self._output.rmdir()
-            beside.rename(self._output)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"can't be written: {error}", path=self._output) from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with written_whole(self._output) as folder:
+            self._write(folder)
         say(f"{self._params.output_dir}: written")
         return self._output
 
@@ -215,14 +199,6 @@ def num_bytes(size: int | str) -> int:
     if found < 1:
         raise ValueError(f"{size!r} is no size; 5GB, 200MB or a number of bytes is")
     return found
-
-
-def _let_others_read(folder: Path) -> None:
-    """safetensors makes files that their owner alone can read."""
-    readers = folder.stat().st_mode & 0o666
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(readers)
 
 
 def main() -> None:

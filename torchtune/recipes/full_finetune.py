@@ -9,6 +9,7 @@ lists every key; docs/defaults.md says why each default is what it is.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,15 @@ from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp, defer_sums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
+from torchtune.quantization.encoding import encoding_of
+from torchtune.quantization.qat import apply_qat
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
 from torchtune.recipes.choices import choose_lr, fsdp_options
 from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
 from torchtune.recipes.optimization import Optimization
-from torchtune.recipes.params import FinetuneParams
+from torchtune.recipes.qat_params import QUANTIZED, QATParams, check_qat, qat_scheme
 from torchtune.recipes.run_checkpoint import Saves, verified_training_state, write_checkpoint
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
@@ -61,13 +64,13 @@ RECIPE = "full_finetune"
 
 
 @dataclass(config=STRICT, kw_only=True)
-class FullFinetuneParams(FinetuneParams):
+class FullFinetuneParams(QATParams):
     """All keys of this recipe."""
 
 
 def check(params: FullFinetuneParams) -> None:
     """Compare the params with what lies on disk; `tune validate` and `main` call it before anything is loaded."""
-    check_finetune(params, RECIPE)
+    check_finetune(params, RECIPE, adapt=partial(check_qat, params))
 
 
 class FullFinetuneRecipe:
@@ -155,6 +158,8 @@ class FullFinetuneRecipe:
         self._checkpoint.check(model, self._tokenizer)
         if params.freeze:
             freeze(model, params.freeze)
+        if scheme := qat_scheme(params):
+            apply_qat(model, scheme)
         apply_tensor_parallel(model, self._mesh.tensor)
         apply_expert_parallel(model, self._mesh.expert)
         if params.compile:
@@ -280,13 +285,16 @@ class FullFinetuneRecipe:
         Args:
             epoch: the epoch that the step belongs to, for the record.
         Returns:
-            The checkpoint's folder.
+            The checkpoint's folder; with `qat` the quantised model is in `quantized/` below it.
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
 
         def write_model(folder: Path, held: Held) -> dict[str, Tensor]:
             save_model(folder, self._model, self._checkpoint, held=held)
+            if scheme := qat_scheme(self._params):
+                encoding = encoding_of(self._model, scheme)
+                save_model(folder / QUANTIZED, self._model, self._checkpoint, held=held, encoding=encoding)
             return masters(self._model, self._checkpoint, held)
 
         return write_checkpoint(

@@ -18,6 +18,8 @@ FORMER_NAMES = {
     "lora_finetune_single_device": "lora_finetune",
     "lora_finetune_distributed": "lora_finetune",
     "lora_finetune_fsdp2": "lora_finetune",
+    "qat_distributed": "qat_finetune",
+    "qat_single_device": "qat_finetune",
 }
 
 
