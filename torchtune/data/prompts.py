@@ -12,6 +12,7 @@ from torchtune.data.forms import Forms
 from torchtune.data.messages import needed_text, optional_text, read_messages, read_tools
 from torchtune.data.options import SpecialTokensInContent
 from torchtune.data.reading import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, SEPARATOR, listed_messages
+from torchtune.data.recognise import COMPLETIONS, PROMPTS
 from torchtune.data.rows import Row
 from torchtune.data.template import ChatTemplate
 from torchtune.data.tracked import Tracked
@@ -19,8 +20,6 @@ from torchtune.errors import DataError
 from torchtune.tokenizers.tokenizer import Tokenizer
 
 LISTS = ("messages", "conversations", "conversation", "dialog")
-STRINGS = ("prompt", "question", "query", "problem", "instruction", "input")
-ANSWERS = ("completion", "response", "answer", "output", "solution", "chosen")
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,14 @@ def _read(record: Any, as_chat: bool, system: str | None) -> Prompt:
         raise DataError("a row must be an object with columns, or a text")
     system = optional_text(record.get("system")) or system
     tools = read_tools(record.get("tools"))
-    answer = next((record[name] for name in ANSWERS if isinstance(record.get(name), str)), None)
+    answer = next((record[name] for name in (*COMPLETIONS, "chosen") if isinstance(record.get(name), str)), None)
     for name in (*LISTS, "prompt"):
         listed = listed_messages(record.get(name))
         if isinstance(listed, list):
             return _of_messages(listed, tools, system, answer)
-    for name in STRINGS:
-        if record.get(name) is not None:
+    for name in PROMPTS:
+        goes_with_instruction = name == "input" and record.get("instruction") is not None
+        if record.get(name) is not None and not goes_with_instruction:
             text, given = needed_text(record[name], name), ""
             if name == "instruction":
                 given = optional_text(record.get("input"))
@@ -161,7 +161,7 @@ def _read(record: Any, as_chat: bool, system: str | None) -> Prompt:
         return Prompt(needed_text(record["text"], "text"))
     raise DataError(
         f"no prompt: it has the columns {', '.join(map(str, record))}; expected is one of "
-        f"{', '.join((*LISTS[:2], *STRINGS, 'text'))}"
+        f"{', '.join((*LISTS[:2], *PROMPTS, 'text'))}"
     )
 
 

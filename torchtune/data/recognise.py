@@ -24,6 +24,9 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": (("text",), ()),
 }
 assert tuple(COLUMNS) == FORMATS
+# What files call a prompt, and its answer.
+PROMPTS = ("prompt", "question", "query", "problem", "input", "instruction")
+COMPLETIONS = ("completion", "response", "answer", "output", "solution")
 # Names by which files call the same columns, tried in this order where no format's own names fit.
 ALIASES: tuple[tuple[str, dict[str, str]], ...] = (
     ("messages", {"messages": "conversation"}),
@@ -31,8 +34,8 @@ ALIASES: tuple[tuple[str, dict[str, str]], ...] = (
     ("alpaca", {"output": "response", "input": "context"}),  # Dolly
     *(
         ("prompt_completion", {"prompt": prompt, "completion": completion})
-        for prompt in ("prompt", "question", "query", "problem", "input", "instruction")
-        for completion in ("completion", "response", "answer", "output", "solution")
+        for prompt in PROMPTS
+        for completion in COMPLETIONS
     ),
 )
 
