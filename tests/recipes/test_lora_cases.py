@@ -109,11 +109,17 @@ def test_case_c086_a_parameter_without_a_gradient_is_an_error(checkpoint, tmp_pa
     assert not list((tmp_path / "out").glob("step_*"))
 
 
-def test_case_c087_a_base_that_cannot_be_read_is_refused_by_its_method(tmp_path, capsys):
-    """Before its weights are read: there are none."""
+@pytest.mark.parametrize(
+    ("quantised", "method"),
+    [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"bnb_4bit_quant_type": "fp4"}, "bitsandbytes")],
+)
+def test_case_c087_a_base_that_cannot_be_read_is_refused_by_its_method(tmp_path, capsys, quantised, method):
+    """Before its weights are read: there are none. The row's own NF4 is read (tests/recipes/test_quantize.py)."""
     base = tmp_path / "base"
     base.mkdir()
-    shutil.copy(CASES / "C087_config.json", base / "config.json")
+    config = json.loads((CASES / "C087_config.json").read_text())
+    config["quantization_config"] |= quantised
+    (base / "config.json").write_text(json.dumps(config))
     save_file({"model.norm.weight": torch.ones(16)}, base / "model.safetensors")
     tiny_tokenizer().save_pretrained(base)
     for verb, recipe, keys in (
@@ -122,7 +128,7 @@ def test_case_c087_a_base_that_cannot_be_read_is_refused_by_its_method(tmp_path,
         ("run", "export", [f"model_checkpoint={base}", f"output_dir={tmp_path}/out"]),
     ):
         assert run([verb, recipe, *keys]) in (1, 2)
-        assert "quantised by 'bitsandbytes'" in capsys.readouterr().err
+        assert f"'{method}'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -113,11 +113,13 @@ class LoRALinear(nn.Module):
         with torch.no_grad():
             w = dense(self.weight, wide)
             w = w.T if self.transposed else w
-            if self._squared_norms is None:
-                self._squared_norms = w.square().sum(1)
+            if torch.compiler.is_compiling():
+                own = w.square().sum(1)  # what only the first call does would be another graph when it is recomputed
+            else:
+                own = self._squared_norms = w.square().sum(1) if self._squared_norms is None else self._squared_norms
             a, b = self.lora_A.weight.to(wide), self.lora_B.weight.to(wide) * self.scale
             cross = ((w @ a.T) * b).sum(1)
-            squares = self._squared_norms + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
+            squares = own + 2 * cross + ((b @ (a @ a.T)) * b).sum(1)
             return sum_both_ways(squares, self.input_axis).clamp_min(0).sqrt()
 
     def forget_norms(self) -> None:

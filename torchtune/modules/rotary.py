@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ FEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class RotaryAngles:
-    """cos and sin of a batch's positions: [T, H_rot], made once and used by every layer.
+    """cos and sin of a batch's positions: [T, 1, H_rot], for every head, made once and used by every layer.
 
     Attributes:
         interleaved: pairs are neighbours.
@@ -34,16 +33,11 @@ class RotaryAngles:
     sin: Tensor
     interleaved: bool = False
 
-    @cached_property
-    def _for_heads(self) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, 1, H_rot]."""
-        return self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
-
     def turn(self, x: Tensor) -> Tensor:
         """Turn the heads of x, [T, heads, H], by each token's position; dims beyond H_rot pass through."""
         size = self.cos.shape[-1]
         rotated, passed = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-        cos, sin = self._for_heads
+        cos, sin = self.cos, self.sin
         if cos.dtype != x.dtype:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         if self.interleaved:
@@ -110,6 +104,7 @@ class RotaryEmbedding:
             inv_freq = self._on_device[device]
         angles = positions.float()[:, None] * inv_freq  # [T, H_rot / 2]
         angles = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
+        angles = angles.unsqueeze(-2)
         return RotaryAngles(
             (angles.cos() * self.attention_scaling).to(dtype),
             (angles.sin() * self.attention_scaling).to(dtype),
