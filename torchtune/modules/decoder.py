@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtune.modules.documents import Documents
 from torchtune.modules.kv_cache import KVCache
-from torchtune.modules.linear import Embedding, Linear
+from torchtune.modules.linear import Embedding, Linear, product
 from torchtune.modules.losses import IGNORE_INDEX, LinearCrossEntropy
 from torchtune.modules.moe import MoE, load_balancing_loss
 from torchtune.modules.naming import Block
@@ -248,7 +247,7 @@ class CausalLM(Block):
             if at is not None:
                 hidden, shape = hidden[at], at.shape
             bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
-            logits = F.linear(hidden, self.head_weight.to(hidden.dtype), bias)
+            logits = product(hidden, self.head_weight.to(hidden.dtype), bias)
             if (update := self._head_update(hidden)) is not None:
                 logits = logits + update[0] @ update[1].T
             if self.vocabulary is not None:

@@ -16,6 +16,10 @@ class Block(nn.Module):
     """
 
     def __getattr__(self, name: str) -> Any:
+        # Looked up first, for it is children that a forward asks for, and `nn.Module` looks everywhere else before.
+        child = self.__dict__.get("_modules", {}).get(name)
+        if child is not None:
+            return child
         renamed = self.__dict__.get("_renamed")
         return super().__getattr__(renamed.get(name, name) if renamed else name)
 

@@ -26,6 +26,7 @@ class RotaryAngles:
     """cos and sin of a batch's positions: [T, 1, H_rot], for every head, made once and used by every layer.
 
     Attributes:
+        sin: negative in the dims that come first in a pair, (x, y) -> (x cos - y sin, y cos + x sin).
         interleaved: pairs are neighbours.
     """
 
@@ -41,11 +42,10 @@ class RotaryAngles:
         if cos.dtype != x.dtype:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         if self.interleaved:
-            swapped = torch.stack((-rotated[..., 1::2], rotated[..., ::2]), dim=-1).flatten(-2)
+            swapped = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
-            first, second = rotated.chunk(2, dim=-1)
-            swapped = torch.cat((-second, first), dim=-1)
-        turned = rotated * cos + swapped * sin
+            swapped = rotated.roll(size // 2, -1)
+        turned = torch.addcmul(rotated * cos, swapped, sin)
         return turned if passed is None else torch.cat((turned, passed), dim=-1)
 
     def turn_both(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,14 +102,13 @@ class RotaryEmbedding:
             if device not in self._on_device:
                 self._on_device[device] = self.inv_freq.to(device)
             inv_freq = self._on_device[device]
-        angles = positions.float()[:, None] * inv_freq  # [T, H_rot / 2]
-        angles = angles.repeat_interleave(2, dim=-1) if self.interleaved else torch.cat((angles, angles), dim=-1)
-        angles = angles.unsqueeze(-2)
-        return RotaryAngles(
-            (angles.cos() * self.attention_scaling).to(dtype),
-            (angles.sin() * self.attention_scaling).to(dtype),
-            self.interleaved,
-        )
+        angles = positions.float()[:, None, None] * inv_freq.unsqueeze(-2)  # [T, 1, H_rot / 2]
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        if self.interleaved:
+            cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        else:
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return RotaryAngles(cos.to(dtype), sin.to(dtype), self.interleaved)
 
 
 def build_rotary(
