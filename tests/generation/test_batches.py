@@ -7,7 +7,7 @@ from transformers.models.auto import AutoConfig
 from tests.models.families import FAMILIES
 from tests.models.oracle import save_random
 from torchtune.checkpoint.load import load_model
-from torchtune.generation.generate import generate
+from torchtune.generation.generate import Remembered, generate
 from torchtune.modules.decoding import join_projections
 
 LENGTHS = (3, 1, 17, 9, 2, 30, 5, 8, 1, 12, 4, 21)
@@ -60,3 +60,27 @@ def test_a_batch_of_any_size_gives_what_transformers_gives_alone(tmp_path, famil
         new = min(NEW, (model.model.max_positions or 10**6) - len(ids))
         assert answer.ended_by == ("length" if new == NEW else "context")
         assert answer.ids == greedy(theirs, ids, new, grows="rope_parameters" in FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_remembered_is_not_read_again_and_changes_nothing(tmp_path, family):
+    """Prompts that begin with the last one and its answer, with a part of it, with nothing of it, and the same again."""
+    save_random(tmp_path, config_of(FAMILIES[family]))
+    model = load_model(tmp_path, dtype=torch.float32)
+    first, more = prompts()[5][:10], prompts()[9]
+    begun = first + answers(model, [first], max_new_tokens=6)[0].ids
+    grows = not model.model.turns_alike(1, 10_000)
+    remembered, num_read = Remembered(), 0
+
+    def count(_, args):
+        nonlocal num_read
+        num_read += args[0].numel()
+
+    for prompt, known in ((first, 0), (begun + more, 15), (begun[:9] + more[:3], 9), (more, 0), (more, len(more) - 1)):
+        expected = answers(model, [prompt], max_new_tokens=6)[0].ids
+        num_read = 0
+        with model.register_forward_pre_hook(count):
+            found = answers(model, [prompt], max_new_tokens=6, batch_size=1, remembered=remembered)[0].ids
+        assert found == expected
+        if not grows:
+            assert num_read == len(prompt) - known + 5

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchtune.generation.sampling import GREEDY, Sampling, choose, generator_of
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.documents import Documents
+from torchtune.modules.kv_cache import KVCache
 
 PREFILL_TOKENS = 4096  # tokens of prompts that are read in one forward
 
@@ -37,6 +38,26 @@ class Answer:
     ended_by: Literal["stop", "length", "context"] | None = None
 
 
+@dataclass
+class Remembered:
+    """What the model has read of the last prompt and answer, for the next prompt, which may begin alike (a chat's does).
+
+    Attributes:
+        ids: those tokens.
+        cache: of one slot, their keys and values.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    cache: KVCache | None = None
+
+    def num_shared(self, ids: Sequence[int]) -> int:
+        """How many of the first of these tokens need not be read; the last is not among them, for it is gone on from."""
+        pairs = zip(self.ids, ids[:-1], strict=False)
+        return next(
+            (place for place, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1)
+        )
+
+
 # Whether an answer that has just got a token ends with it.
 Ends = Callable[[Answer], bool]
 
@@ -53,6 +74,7 @@ def generate(
     numbers: Iterable[int] | None = None,
     batch_size: int = 8,
     logprobs: bool = False,
+    remembered: Remembered | None = None,
 ) -> Iterator[Answer]:
     """Answer prompts, so many at a time; an answer that ends gives its place to the next prompt.
 
@@ -69,24 +91,29 @@ def generate(
         seed, numbers: what is drawn for a prompt depends on the two; by default prompts are numbered in their order.
         batch_size: prompts at a time.
         logprobs: whether answers have them.
+        remembered: of one prompt at a time: what it begins with of what this holds is not read again. It then holds
+            what was read in the end.
     Yields:
         The answer that has just got a token, or ended; the same object each time. With one prompt at a time they come
         in order.
     Raises:
         ValueError: a prompt without tokens, or with as many as the model has positions.
     """
-    batch = _Batch(model, max_new_tokens, frozenset(stop_ids), ends, sampling, seed, logprobs)
+    assert remembered is None or batch_size == 1, batch_size
+    batch = _Batch(model, max_new_tokens, frozenset(stop_ids), ends, sampling, seed, logprobs, remembered)
     waiting = zip(count(), count() if numbers is None else numbers, prompts)
     was_training = model.training
     model.eval()
     try:
         while True:
-            batch.arrange(list(islice(waiting, batch_size - batch.num_texts)))
-            if not batch.num_texts:
+            fresh = list(islice(waiting, batch_size - batch.num_texts))
+            if not fresh and not batch.num_texts:
                 return
+            batch.arrange(fresh)
             yield from batch.advance()
     finally:
         model.train(was_training)
+        batch.remember()
 
 
 def generate_one(
@@ -125,11 +152,15 @@ class _Batch:
     sampling: Sampling
     seed: int
     logprobs: bool
+    remembered: Remembered | None = None
 
     def __post_init__(self) -> None:
         self._device = self.model.model.embed_tokens.weight.device
         self._slots: list[_Text | None] = []
+        self._last: _Text | None = None
         self._cache = self.model.empty_cache(0)
+        if self.remembered is not None and self.remembered.cache is not None:
+            self._slots, self._cache = [None], self.remembered.cache
 
     @property
     def num_texts(self) -> int:
@@ -144,39 +175,49 @@ class _Batch:
     def arrange(self, fresh: Sequence[tuple[int, int, Sequence[int]]]) -> None:
         """Take up prompts, each with its place and the number that it is drawn by, and leave no slot empty."""
         texts = [self._text(*each) for each in fresh]
+        self._last = texts[-1] if texts else self._last
         free = [slot for slot, text in enumerate(self._slots) if text is None]
         if len(free) == len(texts):
             for slot, text in zip(free, texts, strict=True):
                 self._slots[slot] = text
-            self._cache.of(*free).forget([0] * len(free))
+            self._cache.of(*free).forget([self._num_known(text) for text in texts])
         else:
             kept = self._texts
             self._slots = [*kept.values(), *texts]
             self._cache = self._cache.arranged([*kept, *([None] * len(texts))])
 
+    def _num_known(self, text: _Text) -> int:
+        """How many of its tokens are cached, turned by the frequencies that it has itself."""
+        known = self.remembered
+        if known is None or not self.model.model.turns_alike(len(known.ids), len(text.ids)):
+            return 0
+        return known.num_shared(text.ids)
+
     @torch.no_grad()
     def advance(self) -> Iterator[Answer]:
         """Give each text one more token."""
-        lengths, texts, decoder = self._cache.lengths, self._texts, self.model.model
-        whole = [
-            slot
-            for slot, text in texts.items()
-            if not lengths[slot] or not decoder.turns_alike(lengths[slot], len(text.ids))
-        ]
-        rows = [self._read(group) for group in _groups(whole, {slot: len(texts[slot].ids) for slot in whole})]
-        if going_on := [slot for slot in texts if slot not in whole]:
+        texts, decoder = self._texts, self.model.model
+        for slot, text in texts.items():
+            of_slot = self._cache.of(slot)
+            if not decoder.turns_alike(of_slot.lengths[0], len(text.ids)):
+                of_slot.forget([0])
+        lengths = self._cache.lengths
+        unread = {slot: len(text.ids) - lengths[slot] for slot, text in texts.items()}
+        begun = [slot for slot in texts if not lengths[slot] or unread[slot] > 1]
+        rows = [self._read(group) for group in _groups(begun, unread)]
+        if going_on := [slot for slot in texts if slot not in begun]:
             rows.append(self._step(going_on))
-        self._choose([texts[slot] for slot in (*whole, *going_on)], torch.cat(rows))
+        self._choose([texts[slot] for slot in (*begun, *going_on)], torch.cat(rows))
         answers = [text.answer for text in texts.values()]
         self._slots = [None if text is None or text.answer.ended_by else text for text in self._slots]
         return iter(answers)
 
     def _read(self, slots: Sequence[int]) -> Tensor:
-        """The logits after whole texts: [texts, V]."""
+        """The logits after texts of which several tokens are not cached: [texts, V]."""
         cache = self._cache.of(*slots)
-        cache.forget([0] * len(slots))
-        ids = [self._texts[slot].ids for slot in slots]
-        documents = Documents.from_lengths([len(text) for text in ids], device=self._device)
+        starts = cache.lengths
+        ids = [self._texts[slot].ids[start:] for slot, start in zip(slots, starts, strict=True)]
+        documents = Documents.from_lengths([len(text) for text in ids], starts=starts, device=self._device)
         flat = torch.tensor([token for text in ids for token in text], device=self._device)
         return self.model(flat, documents, cache=cache, at=documents.cu_seqlens[1:] - 1)
 
@@ -185,6 +226,12 @@ class _Batch:
         cache = self._cache.of(*slots)
         ids = torch.tensor([self._texts[slot].ids[-1] for slot in slots], device=self._device)
         return self.model(ids, Documents.next_tokens(cache.lengths, self._device), cache=cache)
+
+    def remember(self) -> None:
+        """Leave what was read of the last text."""
+        if self.remembered is not None and self._last is not None:
+            self.remembered.ids = self._last.ids[: self._cache.lengths[0]]
+            self.remembered.cache = self._cache
 
     def _choose(self, texts: Sequence[_Text], logits: Tensor) -> None:
         seen = None

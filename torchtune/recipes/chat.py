@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torchtune.config.strict import STRICT
 from torchtune.data.prompts import Prompt
 from torchtune.errors import ConfigError, DataError
-from torchtune.generation.generate import generate
+from torchtune.generation.generate import Remembered, generate
 from torchtune.generation.text import Detokenizer
 from torchtune.recipes.inference import ModelParams, PromptParams, SamplingParams, open_asked
 
@@ -35,6 +35,7 @@ class Chat:
             raise ConfigError("the model has no chat template to talk by; give one", key="chat_template")
         self._model = self._asked.load(params)
         self._system = params.system
+        self._remembered = Remembered()
         self.messages: list[dict[str, Any]] = []
         self.reset()
 
@@ -80,6 +81,8 @@ class Chat:
                 sampling=params.sampling,
                 seed=params.seed,
                 numbers=[len(messages)],
+                batch_size=1,
+                remembered=self._remembered,
             ):
                 yield answered.push(answer.ids)
                 if answered.is_stopped:
