@@ -411,6 +411,16 @@ def test_an_adapter_that_names_another_base_says_so(checkpoint, runs, tmp_path, 
     assert "it says that its base is org/another-model" in capsys.readouterr().err
 
 
+def test_an_adapter_for_a_model_of_another_type_is_refused(checkpoint, runs, tmp_path, capsys):
+    """Though all its layers are there, in its sizes: a Mistral has a Llama's."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((checkpoint / "config.json").read_text())
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (other / "config.json").write_text(json.dumps(config | mistral))
+    said = refused(capsys, f"model_checkpoint={other}", f"adapter={runs()}", f"output_dir={tmp_path}/out")
+    assert f"is an adapter for {checkpoint}, a llama, and {other} is a mistral" in said
+
+
 def test_nothing_is_left_where_it_fails(checkpoint, runs, tmp_path, capsys, monkeypatch):
     """A full disk in the middle, and a value that fp16 can't hold: told in a line, and no folder, hidden or not."""
     huge = edited(runs(), tmp_path / "huge")

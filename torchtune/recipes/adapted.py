@@ -31,7 +31,7 @@ from torchtune.models.build import build_model
 from torchtune.modules.decoder import CausalLM
 from torchtune.quantization.activations import apply_activation_rounding
 from torchtune.quantization.kinds import packable, packer
-from torchtune.recipes.adapters import warn_of_other_base
+from torchtune.recipes.adapters import compare_bases
 from torchtune.training.progress import say
 
 Quantization = Literal["auto", "none", "nf4", "int8", "int4"]
@@ -88,7 +88,7 @@ class AdaptedCheckpoint:
             model: CausalLM = build_model(checkpoint.config)
         read = [read_adapter(path, model) for path in adapters]
         for path, adapter in zip(adapters, read, strict=True):
-            warn_of_other_base(path, adapter, source)
+            compare_bases(path, adapter, source, checkpoint.config)
         checkpoint.check(model)
         if weights is not None:
             read = [combine_adapters(read, weights)]

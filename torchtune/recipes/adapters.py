@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torchtune.adapters.adapter import Adapter
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.lora import apply_lora
-from torchtune.checkpoint.headers import read_safetensors_places
+from torchtune.checkpoint.headers import read_json, read_safetensors_places
 from torchtune.checkpoint.hub import HUB_ID, resolve
 from torchtune.checkpoint.open import Checkpoint
 from torchtune.checkpoint.peft_read import read_adapter, weights_file
@@ -67,7 +68,7 @@ def check_adapters(params: LoRAParams, checkpoint: Checkpoint, model: CausalLM) 
     def read(key: str, source: str) -> Adapter | None:
         with problems.caught(key):
             adapter = read_adapter(source, model)
-            warn_of_other_base(source, adapter, params.model_checkpoint)
+            compare_bases(source, adapter, params.model_checkpoint, checkpoint.config)
             return adapter
         return None
 
@@ -87,11 +88,26 @@ def check_adapters(params: LoRAParams, checkpoint: Checkpoint, model: CausalLM) 
     problems.raise_all()
 
 
-def warn_of_other_base(source: str, adapter: Adapter, base: str) -> None:
-    """Say so where an adapter that fits names another base."""
+def compare_bases(source: str, adapter: Adapter, base: str, config: Mapping[str, Any]) -> None:
+    """Look at the base that an adapter names, where another one is given that it fits.
+
+    Args:
+        base, config: the one that is given.
+    Raises:
+        CheckpointError: the other lies here and is of another model_type: that it fits is chance.
+    """
     named = adapter.base
-    if named and Path(named).name != Path(base.partition("@")[0]).name:
-        say(f"{source}: it says that its base is {named}; it fits {base}, which is used")
+    if not named or Path(named).name == Path(base.partition("@")[0]).name:
+        return
+    others = Path(named) / "config.json"
+    other_type = read_json(others).get("model_type") if others.is_file() else None
+    if other_type not in (None, config["model_type"]):
+        raise CheckpointError(
+            f"is an adapter for {named}, a {other_type}, and {base} is a {config['model_type']} with layers of the same "
+            f"names and sizes; give model_checkpoint={named}",
+            path=source,
+        )
+    say(f"{source}: it says that its base is {named}; it fits {base}, which is used")
 
 
 def base_name(checkpoint: Checkpoint) -> str:
