@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from torchtune.checkpoint.load import load_model
 from torchtune.generation.generate import generate
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.decoding import join_projections
+from torchtune.modules.decoding import ready_to_decode
 from torchtune.training.precision import dtype_name, get_dtype
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def main() -> None:
         source = options.model or float32_checkpoint(Path(folder) / "SmolLM2-135M-Instruct")
         ours = load_model(source, dtype=dtype)
         theirs = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    join_projections(ours)
+    ready_to_decode(ours)
     rows = [measure(ours, theirs, dtype, number, options) for number in options.prompts]
     report(rows, dtype, options)
 

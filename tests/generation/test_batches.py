@@ -8,7 +8,7 @@ from tests.models.families import FAMILIES
 from tests.models.oracle import save_random
 from torchtune.checkpoint.load import load_model
 from torchtune.generation.generate import Remembered, generate
-from torchtune.modules.decoding import join_projections
+from torchtune.modules.decoding import ready_to_decode
 
 LENGTHS = (3, 1, 17, 9, 2, 30, 5, 8, 1, 12, 4, 21)
 NEW = 14
@@ -50,7 +50,7 @@ def test_a_batch_of_any_size_gives_what_transformers_gives_alone(tmp_path, famil
     config = config_of(FAMILIES[family])
     theirs = save_random(tmp_path, config)
     model = load_model(tmp_path, dtype=torch.float32)
-    join_projections(model)
+    ready_to_decode(model)
     given = prompts()
     alone = answers(model, given, max_new_tokens=NEW, batch_size=1)
     for batch_size in (3, 8):

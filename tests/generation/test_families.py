@@ -15,7 +15,7 @@ from tests.models.support import config_of
 from torchtune.checkpoint.load import load_model
 from torchtune.generation.generate import generate
 from torchtune.models.build import FILES
-from torchtune.modules.decoding import join_projections
+from torchtune.modules.decoding import ready_to_decode
 
 NEW = 12
 
@@ -30,7 +30,7 @@ def check_family(model_type, folder, num_prompts):
                 parameter.sub_(1.0).mul_(0.3)  # around zero: large ones would say the same token always
     theirs.save_pretrained(folder)
     ours = load_model(folder, dtype=torch.float32)
-    join_projections(ours)
+    ready_to_decode(ours)
     generator = torch.Generator().manual_seed(11)
     lengths = torch.randint(1, 21, (num_prompts,), generator=generator).tolist()
     prompts = [torch.randint(5, 97, (length,), generator=generator).tolist() for length in lengths]

@@ -20,7 +20,7 @@ from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import Checkpoint, open_checkpoint
 from torchtune.checkpoint.save import save_model
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.decoding import join_projections
+from torchtune.modules.decoding import ready_to_decode
 from torchtune.modules.documents import Documents
 from torchtune.modules.stored import as_stored
 
@@ -115,7 +115,7 @@ def check_cached(model: CausalLM) -> None:
     one, two = torch.randint(0, 97, (18,)), torch.randint(0, 97, (15,))
     expected = model(one[None])[0], model(two[None])[0]
     _check_pieces(model, one, two, expected)
-    join_projections(model)
+    ready_to_decode(model)
     with torch.no_grad():
         _check_pieces(model, one, two, expected)
 

@@ -4,24 +4,61 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtune.modules import linear
+from tests.tiny_checkpoint import tiny_config
+from torchtune.models.build import build_model
+from torchtune.modules.decoding import ready_to_decode
+from torchtune.modules.linear import LaidOut, Linear
 from torchtune.modules.norms import RMSNorm
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
-@pytest.mark.parametrize("has_tiles", [True, False])
-def test_products_of_few_rows(monkeypatch, has_tiles, num_rows, has_bias):
-    """Whichever factor comes first, on any CPU."""
-    monkeypatch.setattr(linear, "has_matrix_tiles", lambda: has_tiles)
+def test_products_with_a_copy_of_the_weight(num_rows, has_bias):
+    """As without; and of the weight as it is, when it was changed after the copy was made."""
     torch.manual_seed(0)
-    layer = linear.Linear(24, 40, bias=has_bias).bfloat16()
+    layer = Linear(24, 40, bias=has_bias).bfloat16()
     x = torch.randn(num_rows, 24).bfloat16()
-    with torch.no_grad():
-        found = layer(x)
+
+    def check():
         weight, bias = layer.weight.double(), layer.bias.double() if has_bias else None
+        found = layer(x)
+        assert found.shape == (num_rows, 40)
         torch.testing.assert_close(found.double(), F.linear(x.double(), weight, bias), rtol=2**-7, atol=2**-7)
-    assert found.shape == (num_rows, 40)
+
+    with torch.no_grad():
+        layer.laid_out = LaidOut.of(layer.weight)
+        check()
+        layer.weight.mul_(2)
+        check()
+        layer.laid_out = LaidOut.of(layer.weight)
+        layer.weight = torch.nn.Parameter(torch.randn(40, 24).bfloat16())
+        check()
+
+
+def test_a_copy_is_made_of_plain_bfloat16_matrices_alone():
+    """And only where the CPU multiplies them."""
+    assert LaidOut.of(torch.randn(8, 8)) is None
+    assert LaidOut.of(torch.empty(8, 8, device="meta", dtype=torch.bfloat16)) is None
+    copy = LaidOut.of(torch.randn(8, 8).bfloat16())
+    assert (copy is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def test_a_model_with_copies_has_the_same_logits():
+    """Of few tokens and of many, before and after its weights are changed."""
+    torch.manual_seed(0)
+    config = tiny_config(num_hidden_layers=2).to_dict()
+    model = build_model(config).bfloat16()
+    ids = torch.randint(0, config["vocab_size"], (20,))
+    with torch.no_grad():
+        for _ in range(2):
+            expected = [model(ids[:5]), model(ids)]
+            ready_to_decode(model)
+            for found, other in zip([model(ids[:5]), model(ids)], expected, strict=True):
+                torch.testing.assert_close(found, other, rtol=0.05, atol=0.02)
+            before = expected[0]
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+            assert not torch.allclose(model(ids[:5]), before, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchtune.modules.documents import Documents
 from torchtune.modules.kv_cache import KVCache
-from torchtune.modules.linear import Embedding, Linear, product
+from torchtune.modules.linear import Embedding, LaidOut, Linear, product
 from torchtune.modules.losses import IGNORE_INDEX, LinearCrossEntropy
 from torchtune.modules.moe import MoE, load_balancing_loss
 from torchtune.modules.naming import Block
@@ -144,6 +144,7 @@ class CausalLM(Block):
             is not what its checkpoints say: adapters have those.
         peft_swaps_experts: PEFT reads the experts' stacks as [E, out, in] where they are [E, in, out].
         vocabulary: the rows that embedding and head have, where ranks share them.
+        head_laid_out: a copy of the head's weight for few rows.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class CausalLM(Block):
         self.names_in_transformers: Mapping[str, str] = {}
         self.peft_swaps_experts = False
         self.vocabulary: VocabularyShare | None = None
+        self.head_laid_out: LaidOut | None = None
         self.register_state_dict_post_hook(_rename_to_stored)
         self.register_load_state_dict_pre_hook(_rename_from_stored)
 
@@ -247,7 +249,7 @@ class CausalLM(Block):
             if at is not None:
                 hidden, shape = hidden[at], at.shape
             bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
-            logits = product(hidden, self.head_weight.to(hidden.dtype), bias)
+            logits = product(hidden, self.head_weight.to(hidden.dtype), bias, self.head_laid_out)
             if (update := self._head_update(hidden)) is not None:
                 logits = logits + update[0] @ update[1].T
             if self.vocabulary is not None:

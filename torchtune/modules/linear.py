@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from torchtune.modules.packed import PackedWeight, dense
 
-FEW_ROWS = 16  # of an input: where a weight is read once, whatever is done with it
+FEW_ROWS = 16  # of an input: where reading the weight takes longer than what is done with it
 
 
 class Linear(nn.Linear):
@@ -26,12 +24,14 @@ class Linear(nn.Linear):
     Attributes:
         bias_share: how much of the bias it adds; less than all where the outputs of several ranks are added up.
         joined: where its weight lies together with those of other layers, of which it is the first.
+        laid_out: a copy of its weight for few rows.
     """
 
     is_linear = True
     transposed = False
     bias_share = 1.0
     joined: Joined | None = None
+    laid_out: LaidOut | None = None
 
     def reset_parameters(self) -> None:
         """Draw fresh weights; on the meta device there are none, and asking for them loads half of torch."""
@@ -43,7 +43,7 @@ class Linear(nn.Linear):
         bias = None if bias is None else bias.to(x.dtype)
         weight = self.weight
         if weight.dtype == x.dtype and not isinstance(weight, PackedWeight):
-            return product(x, weight, bias)
+            return product(x, weight, bias, self.laid_out)
         output: Tensor = _CastLinear.apply(x, weight, False)
         return output if bias is None else output + bias
 
@@ -89,36 +89,55 @@ def share_of(bias: Tensor | None, share: float) -> Tensor | None:
     return bias if bias is None or share == 1.0 else bias * share
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, where no gradient is asked for in the form that is fastest for few rows.
-
-    A CPU with matrix tiles (AMX) lays the second factor of a bfloat16 product out anew each time: for few rows that
-    takes longer than the product, so the weight is made the first. The outcome's columns are then what lies together.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, laid_out: LaidOut | None) -> Tensor:
+    """x @ weight.T + bias: x [..., in], weight [out, in] and bias [out], of x's type -> [..., out].
 
     Args:
-        x: [..., in]. weight: [out, in], of x's type. bias: [out], of x's type.
-    Returns:
-        [..., out].
+        laid_out: a copy of the weight for few rows, if there is one.
     """
-    if x.dtype == torch.bfloat16 and x.dim() == 2 and len(x) <= FEW_ROWS and _prefers_weight_first(x):
-        if len(x) == 1:
-            out = torch.mv(weight, x[0])[None] if bias is None else torch.addmv(bias, weight, x[0])[None]
-        else:
-            out = torch.mm(weight, x.t()).t()
-            out = out if bias is None else out + bias
-        return out
+    if laid_out is not None and laid_out.serves(x, weight):
+        return laid_out.product(x, bias)
     return F.linear(x, weight, bias)
 
 
-def _prefers_weight_first(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and has_matrix_tiles() and not is_compiling()
+@dataclass(frozen=True)
+class LaidOut:
+    """A copy of a bfloat16 weight in the order in which the CPU's kernel (oneDNN's) reads it.
+
+    A plain weight the kernel puts in that order in each product, and of few rows that is most of the work.
+
+    Attributes:
+        weight: in an order of the library's own.
+        place: where the plain weight began, and how often it had been changed.
+    """
+
+    weight: Tensor
+    place: tuple[int, int]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> LaidOut | None:
+        """A copy, where torch can make one: of a plain bfloat16 matrix on a CPU that multiplies them."""
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+            return None
+        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FEW_ROWS)
+        return cls(copy, _place(weight))
+
+    def serves(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether it is a copy of this weight as it is now, the rows are few and no gradient is asked for."""
+        if torch.is_grad_enabled() or x.dim() != 2 or x.shape[0] > FEW_ROWS or x.dtype != torch.bfloat16:
+            return False
+        return _place(weight) == self.place
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, bias, "none", [], "")
+        return out
 
 
-@cache
-def has_matrix_tiles() -> bool:
-    """Whether torch says that the CPU multiplies bfloat16 in tiles; a torch that can't say leaves it at no."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+def _place(weight: Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
 
 
 def linear_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -130,7 +149,7 @@ def linear_group(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     first = layers[0]
     joined: Joined | None = getattr(first, "joined", None)
     if joined is not None and joined.serves(layers, x):
-        return torch.split_with_sizes(product(x, joined.weight, joined.bias), joined.sizes, dim=-1)
+        return torch.split_with_sizes(product(x, joined.weight, joined.bias, joined.laid_out), joined.sizes, dim=-1)
     together = getattr(type(first), "together", None)
     if together is None or any(type(layer) is not type(first) or has_hooks(layer) for layer in layers):
         return [layer(x) for layer in layers]
@@ -145,13 +164,15 @@ class Joined:
     Attributes:
         weight: [sum of sizes, in]. bias: [sum of sizes] or none.
         sizes: outputs of each layer.
-        places: where each layer's weight, and bias, begin in memory.
+        places: where each layer's weight, and bias, begin in memory, and how often they had been changed.
+        laid_out: a copy for few rows.
     """
 
     weight: Tensor
     bias: Tensor | None
     sizes: tuple[int, ...]
     places: tuple[tuple[int, int], ...]
+    laid_out: LaidOut | None = None
 
     def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
         """Whether these are the layers, still as they were, and no gradient is asked for."""
@@ -185,7 +206,7 @@ def join(layers: Sequence[nn.Module]) -> None:
 def _places(layers: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     # Read from where modules keep them: asked for in every step, attributes would take longer than all else here.
     held = [layer._parameters for layer in layers]
-    return tuple((own["weight"].data_ptr(), 0 if own["bias"] is None else own["bias"].data_ptr()) for own in held)
+    return tuple(_place(own[name]) for own in held for name in ("weight", "bias") if own[name] is not None)
 
 
 def has_hooks(layer: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from torchtune.data.template import choose_template
 from torchtune.errors import ConfigError
 from torchtune.generation.sampling import Sampling
 from torchtune.modules.decoder import CausalLM
-from torchtune.modules.decoding import join_projections
+from torchtune.modules.decoding import ready_to_decode
 from torchtune.recipes.adapted import AdaptedCheckpoint, Quantization
 from torchtune.recipes.params import Count
 from torchtune.tokenizers.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ class Asked:
         device = get_device(params.device)
         model = self.adapted.load(dtype=get_dtype(params.dtype, device), device=device)
         with torch.no_grad():
-            join_projections(model)
+            ready_to_decode(model)
         return model
 
 
