@@ -115,7 +115,7 @@ def check(params: ExportParams) -> None:
     Raises:
         ConfigError, CheckpointError: an output that is there, a base that can't be found, an adapter for another base.
     """
-    ExportRecipe(params).setup()
+    ExportRecipe(params).setup(params)
 
 
 class ExportRecipe:
@@ -125,9 +125,8 @@ class ExportRecipe:
         self._params = params
         self._output = output_folder(params.output_dir)
 
-    def setup(self) -> None:
+    def setup(self, params: ExportParams) -> None:
         """Open the base and read the adapters; compare them."""
-        params = self._params
         self._base = AdaptedCheckpoint.open(
             params.model_checkpoint,
             params.adapters,
@@ -203,8 +202,9 @@ def num_bytes(size: int | str) -> int:
 
 def main() -> None:
     """The recipe as a program: `tune run export key=value ...`."""
-    recipe = ExportRecipe(parse_params(ExportParams))
-    recipe.setup()
+    params = parse_params(ExportParams)
+    recipe = ExportRecipe(params)
+    recipe.setup(params)
     recipe.export()
 
 
