@@ -134,9 +134,9 @@ def test_a_chat_model_answers_alike_and_ends_alike(written, tmp_path):
     assert [[row["text"], row["finish_reason"]] for row in recipe.generate()] == found["answers"]
 
 
-@pytest.mark.parametrize(("kind", "share"), [("f32", 1e-5), ("q8_0", 0.02), ("q4_0", 0.1)])
+@pytest.mark.parametrize(("kind", "share"), [("f32", 1e-5), ("f16", 1e-5), ("bf16", 0.02)])
 def test_types_are_read_alike(written, tmp_path, kind, share):
-    """Logits of a text; over blocks llama.cpp rounds what goes into a product to eight bits, and we do not."""
+    """Logits of a text; over bf16 llama.cpp rounds what goes into a product, and we do not (0.008 measured)."""
     path = written(kind)
     checkpoint = open_checkpoint(path)
     ids = checkpoint.tokenizer().encode("The quick brown fox jumps over the lazy dog. In Python, a list is").ids

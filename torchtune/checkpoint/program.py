@@ -42,8 +42,9 @@ def trace_program(config: Mapping[str, Any], dtype: torch.dtype) -> ExportedProg
         with torch.no_grad():
             return torch.export.export(model, (input_ids,), dynamic_shapes=dims, strict=False)
     except Exception as error:  # whatever torch came upon
+        reason, *_ = f"{error}\n".splitlines()
         raise UnsupportedError(
-            f"model_type '{config.get('model_type')}' can't be traced by torch.export: {str(error).splitlines()[0]}; "
+            f"model_type '{config.get('model_type')}' can't be traced by torch.export: {reason}; "
             "export it with format=safetensors"
         ) from error
 
