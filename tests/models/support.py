@@ -159,10 +159,9 @@ def check_lora(folder: Path, config: Any) -> None:
 def check_gguf(folder: Path, config: Any) -> None:
     """Exported as a GGUF file in float32 and read again: the logits of the checkpoint."""
     save_random(folder / "hf", config)
-    recipe = ExportRecipe(
-        ExportParams(model_checkpoint=str(folder / "hf"), output_dir=str(folder / "out"), format="gguf")
-    )
-    recipe.setup()
+    params = ExportParams(model_checkpoint=str(folder / "hf"), output_dir=str(folder / "out"), format="gguf")
+    recipe = ExportRecipe(params)
+    recipe.setup(params)
     ids = torch.randint(0, config.get_text_config().vocab_size, (2, 30), generator=torch.Generator().manual_seed(1))
     written = load_model(recipe.export() / "out-F32.gguf")
     assert_close(written(ids), load_model(folder / "hf")(ids), 1e-5, "logits of the GGUF file")

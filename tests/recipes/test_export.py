@@ -312,7 +312,7 @@ def test_what_no_gguf_file_can_be_is_refused_before_anything_is_written(checkpoi
     capsys.readouterr()
     gguf = (base, f"output_dir={out}", "format=gguf")
     assert "did you mean 'q8_0'?" in refused(capsys, *gguf, "gguf_type=q8_1")
-    assert "'ggml' is none of safetensors | gguf" in refused(capsys, base, f"output_dir={out}", "format=ggml")
+    assert "'ggml' is none of safetensors | gguf | pt2" in refused(capsys, base, f"output_dir={out}", "format=ggml")
     assert "gguf_type: q8_0 is a type of GGUF files" in refused(capsys, base, f"output_dir={out}", "gguf_type=q8_0")
     said = refused(capsys, *gguf, "dtype=bf16", "max_shard_size=5GB", f"adapter={step}", "merge=false")
     assert "dtype: bf16 is a type of safetensors" in said
@@ -341,6 +341,47 @@ def test_a_gguf_file_is_whole_or_absent(checkpoint, tmp_path, capsys, monkeypatc
     assert "No space left" in capsys.readouterr().err
     assert not list((tmp_path / "work").glob("*"))
     assert not list((tmp_path / "work").glob(".*"))
+
+
+def test_a_program_has_the_adapters_merged(checkpoint, runs, tmp_path):
+    """model.pt2 gives the merged folder's logits; config, tokenizer and template lie beside it, and no weights."""
+    step = runs()
+    folder = export(tmp_path / "folder", f"adapter={step}", "dtype=fp32")
+    out = export(tmp_path / "out", f"adapter={step}", "format=pt2")
+    beside = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {file.name for file in out.iterdir()} == {"model.pt2"} | beside
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        found = torch.export.load(out / "model.pt2").module()(ids)
+        assert_same_logits(found, transformers_model(folder)(ids).logits)
+    half = export(tmp_path / "half", f"adapter={step}", "format=pt2", "dtype=bf16")
+    assert {value.dtype for value in torch.export.load(half / "model.pt2").state_dict.values()} == {torch.bfloat16}
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_program_is_traced_before_weights_are_read_and_whole_or_absent(checkpoint, tmp_path, capsys, monkeypatch):
+    """What torch can't trace is named by validate too; a full disk in the middle leaves nothing."""
+    keys = (f"model_checkpoint={checkpoint}", f"output_dir={tmp_path}/work/out", "format=pt2")
+    said = refused(capsys, *keys, "max_shard_size=5GB", "gguf_type=q8_0")
+    assert "max_shard_size: a PT2 file is written whole" in said
+    assert "gguf_type: q8_0 is a type of GGUF files" in said
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.export.save", full)
+        assert run(["run", "export", *keys]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "work").glob("*"))
+    assert not list((tmp_path / "work").glob(".*"))
+
+    def depends_on_values(*_, **__):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr("torch.export.export", depends_on_values)
+    monkeypatch.setattr("torchtune.checkpoint.folder.WeightFiles.read", full)
+    assert "model_type 'llama' can't be traced by torch.export: data-dependent" in refused(capsys, *keys)
 
 
 @pytest.mark.parametrize(("size", "num_bytes"), [("60KB", 60_000), ("0.05MiB", 52_428), ("70000", 70_000)])

@@ -19,6 +19,7 @@ from torchtune.checkpoint.gguf import gguf_library
 from torchtune.checkpoint.gguf_write_file import GGUFWriter, PlannedTensor
 from torchtune.checkpoint.gguf_write_keys import find_written, model_keys, rope_options, text_config, with_defaults
 from torchtune.checkpoint.gguf_write_layout import Placement, place_tensors
+from torchtune.checkpoint.gguf_write_limits import notes_on_reading, refuse_what_is_read_otherwise
 from torchtune.checkpoint.gguf_write_proof import PlannedFile, prove_same_model
 from torchtune.checkpoint.gguf_write_rope import rope_scaling
 from torchtune.checkpoint.gguf_write_types import QUANTIZATION_VERSION, TYPES, GGUFType, as_bytes, type_of_tensor
@@ -93,6 +94,8 @@ def plan_gguf(checkpoint: Checkpoint, model: CausalLM, *, kind: str | None, name
     notes: list[str] = []
     try:
         values = with_defaults(config)
+        refuse_what_is_read_otherwise(values)
+        notes += notes_on_reading(values, rope_options(values))
         more, constants = rope_scaling(values, rope_options(values), architecture, library)
         placements, shapes, num_parts = place_tensors(config, architecture, library)
         shapes = {rope: tuple(tensor.shape) for rope, tensor in constants.items()} | shapes

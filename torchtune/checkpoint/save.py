@@ -7,8 +7,10 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +30,9 @@ from torchtune.quantization.encoding import Encoding
 MAX_SHARD_BYTES = 5 * 10**9
 MIN_SHARD_BYTES = 64 * 2**20
 # Weights in any form, and what belongs to a run of ours; everything else of a folder is carried over.
-NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".ckpt")
+NOT_CARRIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pt2", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".ckpt",
+)  # fmt: skip
 # Meta's params.json would tell other readers that the folder is of Meta's layout.
 NOT_CARRIED_NAMES = {"manifest.json", "config.json", "generation_config.json", "params.json", "checklist.chk"}
 MAX_CARRIED_BYTES = 100 * 2**20
@@ -86,7 +90,7 @@ def save_model(
     writer = _Writer(folder, checkpoint, values, held, encoding)
     writer.write(files)
     if held.peers.is_main:
-        held.attempt(_write_rest, folder, checkpoint, dtype, files, encoding)
+        held.attempt(partial(save_rest, folder, checkpoint, dtype, files=files, encoding=encoding))
     held.attempt.finish()
     held.peers.meet()
 
@@ -280,14 +284,19 @@ def _shard_bytes(checkpoint: Checkpoint) -> int | None:
     return max(sizes.values()) if len(sizes) > 1 else None
 
 
-def _write_rest(
+def save_rest(
     folder: Path,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
-    files: Mapping[str, Sequence[_Entry]],
-    encoding: Encoding | None,
+    *,
+    files: Mapping[str, Sequence[_Entry]] = MappingProxyType({}),
+    encoding: Encoding | None = None,
 ) -> None:
-    """Everything that is no weight."""
+    """Write everything that is no weight: config, tokenizer, template, what lay beside; an index of several files.
+
+    Args:
+        dtype: of the weights, for the config; None: the checkpoint's.
+    """
     if len(files) > 1:
         total = sum(entry.num_bytes for entries in files.values() for entry in entries)
         weight_map = {entry.name: name for name, entries in files.items() for entry in entries}

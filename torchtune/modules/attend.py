@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchtune.distributed.collectives import gather
 from torchtune.modules.cpu_attention import attend_on_cpu
-from torchtune.modules.documents import Documents
+from torchtune.modules.documents import Documents, Rows
 from torchtune.modules.kv_cache import LayerCache
 
 
@@ -68,6 +68,8 @@ def attend(
                     for (s, e), (keys, values) in zip(bounds, seen, strict=True)
                 ]
             )
+    if isinstance(documents, Rows):
+        return _attend_rows(q, k, v, documents, scores, sinks)
     is_plain = scores.chunk is None and scores.softcap is None and sinks is None and documents.split is None
     if is_plain and q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, documents, scores)
@@ -126,6 +128,27 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, sinks: Tensor |
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scores: Scores, sinks: Tensor | None) -> Tensor:
+    """All documents at once, by operators that are the same for any number and length of them."""
+    q, k, v = (x.unflatten(0, rows.shape) for x in (q, k, v))  # [B, S, heads, H]
+    length = q.shape[1]
+    is_causal = scores.window is None and scores.chunk is None  # and nothing else
+    mask = None if is_causal else _visible(length, length, scores, q.device)
+    if scores.softcap is not None or sinks is not None:
+        mask = _visible(length, length, scores, q.device)
+        return _attend_by_products(q, k, v, mask, scores, sinks).flatten(0, 1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scores.scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _attend_step(
@@ -199,18 +222,18 @@ def _visible(num_new: int, num_all: int, scores: Scores, device: torch.device) -
 def _attend_by_products(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scores: Scores, sinks: Tensor | None
 ) -> Tensor:
-    """Plain products, for scores that no fused kernel makes."""
-    group = q.shape[1] // k.shape[1]
+    """Plain products, for scores that no fused kernel makes; any dims may stand before those of `_attend_one`."""
+    group = q.shape[-2] // k.shape[-2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    products = torch.einsum("nkgh,mkh->kgnm", q.unflatten(1, (-1, group)), k).to(wide) * scores.scale
+    products = torch.einsum("...nkgh,...mkh->...kgnm", q.unflatten(-2, (-1, group)), k).to(wide) * scores.scale
     if scores.softcap is not None:
         products = scores.softcap * torch.tanh(products / scores.softcap)
     products = products.masked_fill(~visible, float("-inf"))
     if sinks is not None:
-        of_head = sinks.to(wide).view(-1, group, 1, 1).expand(-1, -1, products.shape[2], 1)  # [K, G, n, 1]
+        of_head = sinks.to(wide).view(-1, group, 1, 1).expand(*products.shape[:-1], 1)  # [K, G, n, 1]
         products = torch.cat((products, of_head), dim=-1)
-    weights = products.softmax(-1)[..., : k.shape[0]]
-    return torch.einsum("kgnm,mkh->nkgh", weights.to(q.dtype), v).flatten(1, 2)
+    weights = products.softmax(-1)[..., : k.shape[-3]]
+    return torch.einsum("...kgnm,...mkh->...nkgh", weights.to(q.dtype), v).flatten(-3, -2)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, keys: Documents, scores: Scores) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchtune.modules.documents import Documents
+from torchtune.modules.documents import Documents, Rows
 from torchtune.modules.kv_cache import KVCache
 from torchtune.modules.linear import Embedding, LaidOut, Linear, product
 from torchtune.modules.losses import IGNORE_INDEX, LinearCrossEntropy
@@ -280,6 +280,8 @@ class CausalLM(Block):
     def _documents(self, input_ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Documents:
         if positions is not None:
             return Documents.from_positions(positions)
+        if torch.compiler.is_exporting():
+            return Rows.of(input_ids)
         num_rows, num_tokens = input_ids.shape if input_ids.dim() == 2 else (1, len(input_ids))
         starts = cache.lengths if cache else None
         return Documents.from_lengths([num_tokens] * num_rows, starts=starts, device=input_ids.device)

@@ -204,3 +204,34 @@ class Documents:
             self.num_dummy,
             self.split,
         )
+
+
+@dataclass(frozen=True)
+class Rows(Documents):
+    """Documents of one length, as many as there are rows in what is traced (torch.export).
+
+    Both numbers may be symbols there, of which `Documents` could not hold a tuple.
+
+    Attributes:
+        lengths: the length, once.
+    """
+
+    num_rows: int = 1
+
+    @classmethod
+    def of(cls, input_ids: Tensor) -> Rows:
+        """The rows of [B, S]."""
+        num_rows, length = input_ids.shape
+        positions = torch.arange(length, device=input_ids.device).repeat(num_rows)
+        ends = torch.arange(0, num_rows * length + 1, length, dtype=torch.int32, device=input_ids.device)
+        return cls((length,), positions, ends, num_rows=num_rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of all rows."""
+        return self.num_rows * self.lengths[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and S."""
+        return self.num_rows, self.lengths[0]

@@ -68,10 +68,21 @@ def _products(x: Tensor, weight: Tensor, counts: Tensor, *, turned: bool) -> Ten
     if not isinstance(weight, PackedWeight) and _is_one_kernel(x, *weight.shape[1:]):
         matrices = dense(weight, x)
         return F.grouped_mm(x.contiguous(), matrices.mT if turned else matrices, offs=_ends(counts))
+    if torch.compiler.is_exporting():
+        return _products_with_all(x, weight.mT if turned else weight, counts)
     out = x.new_empty(x.shape[0], weight.shape[1 if turned else 2])
     for expert, rows in _groups(counts.tolist()):
         matrix = dense(weight[expert], x)
         torch.mm(x[rows], matrix.T if turned else matrix, out=out[rows])
+    return out
+
+
+def _products_with_all(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """Each row times every group's matrix, of which its own is kept; x [T, in], matrices [E, in, out] -> [T, out]."""
+    group = torch.bucketize(torch.arange(x.shape[0], device=x.device), counts.cumsum(0), right=True)  # [T]
+    out = x.new_zeros(x.shape[0], matrices.shape[2])
+    for index, matrix in enumerate(matrices.unbind()):
+        out = torch.where((group == index)[:, None], x @ matrix, out)
     return out
 
 
@@ -93,9 +104,14 @@ _apply_group_by_group = _GroupedLinear.apply
 
 
 def _is_one_kernel(x: Tensor, *sizes: int) -> bool:
-    """Whether torch's kernel takes it: bfloat16 on CUDA, and rows that begin at multiples of 16 bytes."""
-    takes_type = x.device.type == "cuda" and x.dtype == torch.bfloat16
-    return takes_type and len(x) > 0 and all(size % 8 == 0 for size in sizes)
+    """Whether torch's kernel takes it: bfloat16 on CUDA, and rows that begin at multiples of 16 bytes.
+
+    In a traced program (torch.export) on any device, since the host reads no counts there.
+    """
+    fits = x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+    if torch.compiler.is_exporting():
+        return fits
+    return fits and x.device.type == "cuda" and len(x) > 0
 
 
 def _ends(counts: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class Experts(Stored):
         """x [T, D], weights and experts [T, k] -> [T, D], the weighted sum of each token's experts."""
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # [T k], by expert
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         # Not `bincount`, for which the host would wait on CUDA.
         counts = order.new_zeros(self.num_experts).scatter_add_(0, experts.flatten(), torch.ones_like(order))
         weight_of_row = weights.flatten()[order, None].to(x.dtype)
@@ -222,7 +222,7 @@ class Experts(Stored):
         out = grouped_linear(x, getattr(self, name), counts, transposed=self.transposed)
         bias = share_of(getattr(self, f"{name}_bias"), self.down_bias_share if name == "down_proj" else 1.0)
         if bias is not None:
-            out = out + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+            out = out + bias.to(x.dtype).repeat_interleave(counts, dim=0, output_size=x.shape[0])
         return out + self.updates[name](x, counts) if name in self.updates else out
 
     def _stacked(self) -> dict[str, list[Piece]]:

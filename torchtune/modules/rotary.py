@@ -50,7 +50,7 @@ class RotaryAngles:
 
     def turn_both(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """`turn` of queries and keys, [T, heads, H]: of few tokens in one, for it is the operators that take time."""
-        if torch.is_grad_enabled() or len(q) > FEW_TOKENS:
+        if torch.is_grad_enabled() or torch.compiler.is_exporting() or len(q) > FEW_TOKENS:
             return self.turn(q), self.turn(k)
         turned = self.turn(torch.cat((q, k), dim=1))
         return turned[:, : q.shape[1]], turned[:, q.shape[1] :]
@@ -97,7 +97,11 @@ class RotaryEmbedding:
         device = positions.device
         if self.for_length is not None:
             each = [self.for_length(length) for length in reached or lengths]
-            inv_freq = torch.stack(each).repeat_interleave(torch.tensor(lengths), dim=0).to(device)  # [T, H_rot / 2]
+            if len(each) > 1:
+                each = [torch.stack(each).repeat_interleave(torch.tensor(lengths), dim=0)]  # [T, H_rot / 2]
+            inv_freq = each[0].to(device)
+        elif torch.compiler.is_exporting():
+            inv_freq = self.inv_freq.to(device)  # what is traced is not for keeping
         else:
             if device not in self._on_device:
                 self._on_device[device] = self.inv_freq.to(device)
@@ -139,7 +143,7 @@ def build_rotary(
     return rotary
 
 
-def _inv_freq(theta: float, size: int) -> Tensor:
+def _inv_freq(theta: float | Tensor, size: int) -> Tensor:
     return 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
 
 
@@ -157,9 +161,10 @@ def _dynamic(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryEm
     base, factor = rope["rope_theta"], rope["factor"]
 
     def for_length(longest: int) -> Tensor:
-        length = max(longest, max_positions)
-        grown = base * ((factor * length / max_positions) - (factor - 1)) ** (size / (size - 2))
         with torch.device("cpu"):
+            # As a tensor, so that a traced program computes it of each length.
+            length = torch.scalar_tensor(longest, dtype=torch.float64).clamp(min=max_positions)
+            grown = base * ((factor * length / max_positions) - (factor - 1)) ** (size / (size - 2))
             return _inv_freq(grown, size)
 
     return RotaryEmbedding(for_length(0), for_length=for_length)
@@ -221,7 +226,12 @@ def _longrope(rope: Mapping[str, Any], size: int, max_positions: int) -> RotaryE
     frequencies = base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
     short = 1.0 / (torch.tensor(rope["short_factor"], dtype=torch.float32) * frequencies)
     long = 1.0 / (torch.tensor(rope["long_factor"], dtype=torch.float32) * frequencies)
-    return RotaryEmbedding(short, float(scaling), for_length=lambda longest: long if longest > original else short)
+
+    def for_length(longest: int) -> Tensor:
+        with torch.device("cpu"):
+            return torch.where(torch.scalar_tensor(longest) > original, long, short)
+
+    return RotaryEmbedding(short, float(scaling), for_length=for_length)
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], int, int], RotaryEmbedding]] = {

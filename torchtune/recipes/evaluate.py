@@ -83,7 +83,7 @@ def check(params: EvaluateParams) -> None:
         ConfigError, CheckpointError, DataError: what is named is not there, or does not fit.
         MissingDependencyError: lm-eval is not installed.
     """
-    EvaluateRecipe(params).setup()
+    EvaluateRecipe(params).setup(params)
 
 
 class EvaluateRecipe:
@@ -94,9 +94,8 @@ class EvaluateRecipe:
         if params.output is not None and not Path(params.output).absolute().parent.is_dir():
             raise ConfigError(f"{params.output} lies in no folder that is there", key="output")
 
-    def setup(self) -> None:
+    def setup(self, params: EvaluateParams) -> None:
         """Open the model, the data and the tasks; no weight is read yet."""
-        params = self._params
         self._asked: Asked = open_asked(params, params)
         if params.dataset is not None:
             checkpoint = self._asked.adapted.checkpoint
@@ -213,7 +212,7 @@ def main() -> None:
     params = parse_params(EvaluateParams)
     with process_group(params.device):
         recipe = EvaluateRecipe(params)
-        recipe.setup()
+        recipe.setup(params)
         found = recipe.evaluate()
         if is_main():
             _report(found, params.output)

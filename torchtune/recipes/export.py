@@ -1,11 +1,13 @@
-"""Export: a checkpoint with its adapters merged, in the type that you ask for, as a complete folder or a GGUF file.
+"""Export: a checkpoint with its adapters merged, as a complete folder, a GGUF file or a program of torch.export.
 
     tune run export model_checkpoint=SmolLM2-135M-Instruct adapter=runs/mine/step_100 output_dir=merged
     tune run export adapter=runs/mine/step_100 output_dir=merged dtype=bf16
     tune run export adapter=runs/mine/step_100 output_dir=merged format=gguf gguf_type=q8_0
+    tune run export adapter=runs/mine/step_100 output_dir=merged format=pt2
 
 Without `model_checkpoint` the base is the one that the adapter names. Several adapters are merged one after another;
-with `adapter_weights` their weighted sum is. One weight is in memory at a time beside the model's layout.
+with `adapter_weights` their weighted sum is. One weight is in memory at a time beside the model's layout; of a program
+all are.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torchtune.checkpoint.card import Run, write_card
 from torchtune.checkpoint.gguf_write import plan_gguf
 from torchtune.checkpoint.hub import resolve
 from torchtune.checkpoint.peft_write import save_adapter
-from torchtune.checkpoint.save import save_model, save_text_files
+from torchtune.checkpoint.program import trace_program, write_program
+from torchtune.checkpoint.save import save_model, save_rest, save_text_files
 from torchtune.config.parse import parse_params
 from torchtune.config.strict import STRICT
 from torchtune.recipes.adapted import AdaptedCheckpoint, Quantization
@@ -49,11 +52,12 @@ class ExportParams:
         default=None, description="Merge the adapters' weighted sum, one weight for each: [0.5, 0.5] is their mean."
     )
     output_dir: str = Field(description="Where the folder goes; it must not exist, or be empty.")
-    format: Literal["safetensors", "gguf"] = Field(
-        default="safetensors", description="A Hugging Face folder; or one file for llama.cpp, as OUT/OUT-Q8_0.gguf."
+    format: Literal["safetensors", "gguf", "pt2"] = Field(
+        default="safetensors",
+        description="A Hugging Face folder; a file for llama.cpp, OUT/OUT-Q8_0.gguf; torch.export's, OUT/model.pt2.",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
-        default="auto", description="Type of the weights in safetensors; auto: the base's."
+        default="auto", description="Type of the weights in safetensors and pt2; auto: the base's."
     )
     gguf_type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_0", "q5_1", "q4_0", "q4_1"] = Field(
         default="auto",
@@ -80,9 +84,9 @@ class ExportParams:
             )
         if not self.merge and not self.adapters:
             problems.append("merge: false writes an adapter, and none is given")
-        if self.format == "gguf":
-            problems += self._not_for_gguf()
-        elif self.gguf_type != "auto":
+        if self.format != "safetensors":
+            problems += self._not_for_one_file()
+        if self.format != "gguf" and self.gguf_type != "auto":
             problems.append(f"gguf_type: {self.gguf_type} is a type of GGUF files; add format=gguf, or use dtype")
         if self.max_shard_size is not None:
             try:
@@ -93,14 +97,17 @@ class ExportParams:
             raise ValueError("\n".join(problems))
         return self
 
-    def _not_for_gguf(self) -> list[str]:
+    def _not_for_one_file(self) -> list[str]:
         problems = []
-        if self.dtype != "auto":
+        if self.format == "gguf" and self.dtype != "auto":
             problems.append(f"dtype: {self.dtype} is a type of safetensors; the type of a GGUF file is gguf_type")
         if self.max_shard_size is not None:
-            problems.append("max_shard_size: a GGUF file is written whole")
+            problems.append(f"max_shard_size: a {self.format.upper()} file is written whole")
         if not self.merge:
-            problems.append("merge: an adapter is not written as GGUF; leave merge=false out, or format=gguf")
+            kind = self.format
+            problems.append(
+                f"merge: an adapter is not written as {kind.upper()}; leave merge=false out, or format={kind}"
+            )
         return problems
 
     @property
@@ -115,7 +122,7 @@ def check(params: ExportParams) -> None:
     Raises:
         ConfigError, CheckpointError: an output that is there, a base that can't be found, an adapter for another base.
     """
-    ExportRecipe(params).setup()
+    ExportRecipe(params).setup(params)
 
 
 class ExportRecipe:
@@ -124,10 +131,10 @@ class ExportRecipe:
     def __init__(self, params: ExportParams) -> None:
         self._params = params
         self._output = output_folder(params.output_dir)
+        self._dtype = None if params.dtype == "auto" else get_dtype(params.dtype)
 
-    def setup(self) -> None:
+    def setup(self, params: ExportParams) -> None:
         """Open the base and read the adapters; compare them."""
-        params = self._params
         self._base = AdaptedCheckpoint.open(
             params.model_checkpoint,
             params.adapters,
@@ -141,6 +148,9 @@ class ExportRecipe:
             self._plan = plan_gguf(self._base.checkpoint, self._base.model, kind=kind, name=self._output.name)
             for note in self._plan.notes:
                 say(note)
+        if params.format == "pt2":
+            checkpoint = self._base.checkpoint
+            self._program = trace_program(checkpoint.config, self._dtype or checkpoint.held_dtype)
 
     def export(self) -> Path:
         """Write the folder, whole or not at all; returns it.
@@ -167,9 +177,14 @@ class ExportRecipe:
             self._plan.write(file, model, self._base.values())
             return
         tell_carried_path(checkpoint)
-        dtype = None if self._params.dtype == "auto" else get_dtype(self._params.dtype)
+        if self._params.format == "pt2":
+            folder.mkdir(parents=True)
+            write_program(self._program, folder / "model.pt2", self._base.values())
+            save_rest(folder, checkpoint, self._dtype)
+            return
         largest = None if self._params.max_shard_size is None else num_bytes(self._params.max_shard_size)
-        save_model(folder, model, checkpoint, dtype=dtype, max_shard_bytes=largest, values=self._base.values())
+        values = self._base.values()
+        save_model(folder, model, checkpoint, dtype=self._dtype, max_shard_bytes=largest, values=values)
         self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
@@ -203,8 +218,9 @@ def num_bytes(size: int | str) -> int:
 
 def main() -> None:
     """The recipe as a program: `tune run export key=value ...`."""
-    recipe = ExportRecipe(parse_params(ExportParams))
-    recipe.setup()
+    params = parse_params(ExportParams)
+    recipe = ExportRecipe(params)
+    recipe.setup(params)
     recipe.export()
 
 

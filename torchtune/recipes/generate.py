@@ -81,7 +81,7 @@ def check(params: GenerateParams) -> None:
     Raises:
         ConfigError, CheckpointError, DataError: what is named is not there, or does not fit; a prompt that is too long.
     """
-    GenerateRecipe(params).setup()
+    GenerateRecipe(params).setup(params)
 
 
 class GenerateRecipe:
@@ -93,9 +93,9 @@ class GenerateRecipe:
         if self._output is not None and (self._output.is_dir() or not self._output.absolute().parent.is_dir()):
             raise ConfigError(f"{self._output} is no file in a folder that is there", key="output")
 
-    def setup(self) -> None:
+    def setup(self, params: GenerateParams) -> None:
         """Open the model, read and encode the prompts; no weight is read yet."""
-        self._asked: Asked = open_asked(self._params, self._params)
+        self._asked: Asked = open_asked(params, params)
         self._asking = [self._prepared(prompt) for prompt in self._prompts()]
         if not self._asking:
             raise ConfigError("there is no row in it", key="prompts")
@@ -197,7 +197,7 @@ def main() -> None:
     params = parse_params(GenerateParams)
     with process_group(params.device):
         recipe = GenerateRecipe(params)
-        recipe.setup()
+        recipe.setup(params)
         if isinstance(params.prompt, str) and params.output is None and params.prompts is None and sys.stdout.isatty():
             for piece in recipe.stream():
                 print(piece, end="", flush=True)

@@ -60,7 +60,7 @@ def check(params: QuantizeParams) -> None:
     Raises:
         ConfigError, CheckpointError, UnsupportedError: an output that is there, a base that can't be found or quantised.
     """
-    QuantizeRecipe(params).setup()
+    QuantizeRecipe(params).setup(params)
 
 
 class QuantizeRecipe:
@@ -73,14 +73,13 @@ class QuantizeRecipe:
             params.kind, group_size=params.group_size, double_quantization=params.double_quantization
         )
 
-    def setup(self) -> None:
+    def setup(self, params: QuantizeParams) -> None:
         """Open base, adapters and data; decide what is quantised, and whether it can be.
 
         Raises:
             ConfigError, CheckpointError, UnsupportedError: as `check`.
             MissingDependencyError: the kind's library is not installed.
         """
-        params = self._params
         self._base = AdaptedCheckpoint.open(
             params.model_checkpoint, params.adapters, quantization=params.base_quantization
         )
@@ -116,18 +115,17 @@ class QuantizeRecipe:
     def _evaluation(self, model_checkpoint: str | None, adapters: list[str]) -> EvaluateRecipe:
         """What measures the loss of a model on the data."""
         params = self._params
-        recipe = EvaluateRecipe(
-            EvaluateParams(
-                model_checkpoint=model_checkpoint,
-                adapter=adapters,
-                base_quantization=params.base_quantization,
-                dtype=params.dtype,
-                device=params.device,
-                dataset=params.dataset,
-                max_seq_len=params.max_seq_len,
-            )
+        evaluated = EvaluateParams(
+            model_checkpoint=model_checkpoint,
+            adapter=adapters,
+            base_quantization=params.base_quantization,
+            dtype=params.dtype,
+            device=params.device,
+            dataset=params.dataset,
+            max_seq_len=params.max_seq_len,
         )
-        recipe.setup()
+        recipe = EvaluateRecipe(evaluated)
+        recipe.setup(evaluated)
         return recipe
 
 
@@ -136,7 +134,7 @@ def main() -> None:
     params = parse_params(QuantizeParams)
     with process_group(params.device):
         recipe = QuantizeRecipe(params)
-        recipe.setup()
+        recipe.setup(params)
         found = recipe.quantize()
     say(
         f"{params.output_dir}: {found['num_layers']} layers in {found['kind']}, {found['bytes'] / 1e6:.1f} MB of weights"
