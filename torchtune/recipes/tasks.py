@@ -30,7 +30,7 @@ def open_tasks(params: TaskParams, key: str = "") -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise MissingDependencyError("lm-eval", extra="eval", needed_for=f"{key}tasks") from error
+        raise MissingDependencyError("lm-eval", extra="eval", needed_for="tasks") from error
     if params.include_path is not None and not Path(params.include_path).is_dir():
         raise ConfigError(f"{params.include_path} is no folder", key=f"{key}include_path")
     tasks = TaskManager(include_path=params.include_path)
