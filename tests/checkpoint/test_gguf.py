@@ -136,6 +136,14 @@ def test_saved_as_bf16_unless_it_was_float32(tmp_path):
         assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
 
 
+@pytest.mark.parametrize("kind", [KINDS.Q8_0, F32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_held_in_the_type_that_is_asked_for(tmp_path, kind, dtype):
+    """Also where it is the one that a quantised file is saved in: its blocks become float32 first."""
+    model = load_model(tiny_file(tmp_path / "tiny.gguf", kind=kind), dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def split_file(folder):
     """A llama in three files, and the same in one."""
     tensors, metadata = tiny_parts()

@@ -4,99 +4,21 @@ import json
 
 import pytest
 import torch
-import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.recipes.conftest import ROWS, labelled
+from tests.recipes.local_tasks import write_tasks
 from torchtune.cli.tune import call
 from torchtune.errors import ConfigError
-
-WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "it",
-    "rained",
-    "and",
-    "rained",
-]
-
-
-def sentence(seed, length):
-    generator = torch.Generator().manual_seed(seed)
-    return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (length,), generator=generator).tolist())
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A task of each kind of request, over rows of a file."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"question": sentence(n, 5 + n % 9), "choices": [sentence(10 * n + c, 1 + c) for c in range(4)], "label": n % 4}
-        for n in range(16)
-    ]
-    rows[3]["choices"] = ["one", "two", "six", "ten"]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.json"), "train": str(folder / "rows.json")}},
-        "test_split": "test",
-        "fewshot_split": "train",
-        "doc_to_text": "{{question}}\nAnswer:",
-    }
-    choice = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
-    acc = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
-    named = {
-        "local_choice": {**common, **choice, "metric_list": acc},
-        "local_likelihood": {
-            **common,
-            "output_type": "loglikelihood",
-            "doc_to_target": "{{choices[2]}}",
-            "metric_list": [
-                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            ],
-        },
-        "local_rolling": {
-            **common,
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{(question + ' ') * 30}}",
-            "metric_list": [
-                {"metric": name, "aggregation": aggregation, "higher_is_better": False}
-                for name, aggregation in (
-                    ("word_perplexity", "weighted_perplexity"),
-                    ("bits_per_byte", "bits_per_byte"),
-                )
-            ],
-        },
-        "local_until": {
-            **common,
-            "output_type": "generate_until",
-            "doc_to_target": "{{choices[0]}}",
-            "generation_kwargs": {"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        },
-    }
-    for name, task in named.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **task}))
+    write_tasks(folder)
     return folder
 
 

@@ -54,6 +54,7 @@ def run(tmp_path):
                 device=torch.device("cpu"),
                 total_steps=None,
                 evaluate=None,
+                measure=None,
                 sample=None,
                 save=save,
                 saves=until.enter_context(Saves(output)),

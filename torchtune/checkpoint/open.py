@@ -227,7 +227,8 @@ class Checkpoint:
         """
         first = self.tensors[pieces[0].name]
         if [piece.index for piece in pieces] == [()] and dtype in (None, first.dtype):
-            return self.weights.read_part(pieces[0].name, part).to(device)
+            read = self.weights.read_part(pieces[0].name, part)
+            return read.to(device=device, dtype=dtype)  # a GGUF's blocks become float32, whatever they are saved as
         held = torch.empty(part.shape, dtype=dtype or first.dtype, device=device)
         for piece in pieces:
             common = part.meet(piece.region(part.whole))

@@ -38,7 +38,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class HarnessModel(TemplateLM):
-    """Scores and answers for lm-eval. Several processes share the requests of each task.
+    """Scores and answers for lm-eval.
 
     Args:
         model: with its weights.
@@ -49,6 +49,7 @@ class HarnessModel(TemplateLM):
         batch_tokens: tokens of a forward.
         batch_size: answers generated at a time.
         max_length: tokens of context and continuation at most; by default the model's positions.
+        together: whether the processes share the requests of each task; otherwise each asks all of them.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class HarnessModel(TemplateLM):
         batch_tokens: int = BATCH_TOKENS,
         batch_size: int = 8,
         max_length: int | None = None,
+        together: bool = True,
     ) -> None:
         super().__init__()
         self._model, self._tokenizer, self._prompter, self._stop_ids = model, tokenizer, prompter, stop_ids
         self._name, self._batch_tokens, self._batch_size = name, batch_tokens, batch_size
         self.max_length = max_length or model.model.max_positions or DEFAULT_CONTEXT
-        self._rank, self._world_size = rank(), world_size()
+        self._rank, self._world_size = (rank(), world_size()) if together else (0, 1)
+        self._is_quiet = rank() != 0
         self._device = model.model.embed_tokens.weight.device
 
     @property
@@ -127,7 +130,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        quiet = disable_tqdm or self.rank != 0
+        quiet = disable_tqdm or self._is_quiet
         for place, scored in tqdm(
             score(self._model, pairs, batch_tokens=self._batch_tokens),
             total=len(pairs),
@@ -178,7 +181,7 @@ class HarnessModel(TemplateLM):
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         found = [""] * len(requests)
-        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self.rank != 0) as bar:
+        with tqdm(total=len(requests), desc="answers", disable=disable_tqdm or self._is_quiet) as bar:
             for places in groups.values():
                 options = requests[places[0]].args[1]
                 for place, text in self._generated([requests[p].args[0] for p in places], options):

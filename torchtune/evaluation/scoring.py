@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchtune.evaluation.prefix_tree import num_shared, prefix_tree
@@ -64,20 +65,39 @@ def _scored(
     tree = prefix_tree(list(distinct), alike=model.model.turns_alike)
     lies = dict(zip(distinct, tree.places, strict=True))
     wanted = [lies[tuple(text)][len(context) - 1 :] for (context, _), text in zip(pairs, texts, strict=True)]
-    at, index = torch.cat(wanted).unique(return_inverse=True)
-    logits = model(tree.input_ids.to(device), tree.documents.to(device), at=at.to(device))
-    targets = torch.tensor([token for _, continuation in pairs for token in continuation], device=device)
-    index = index.to(device)
-    normalizer = logits.float().logsumexp(-1)  # [N]
-    chosen = logits[index, targets].float() - normalizer[index]
-    greedy = logits.argmax(-1)[index] == targets
-    sizes = [len(continuation) for _, continuation in pairs]
-    for logprobs, hits in zip(_split(chosen.double(), sizes), _split(greedy, sizes), strict=True):
-        yield Score(logprobs.sum().item(), bool(hits.all()))
+    at, rows = torch.cat(wanted).unique(return_inverse=True)
+    tokens = torch.tensor([token for _, continuation in pairs for token in continuation])
+    reader = _Reader(rows, tokens)
+    read = model(tree.input_ids.to(device), tree.documents.to(device), at=at.to(device), read=reader)
+    found = torch.empty(len(tokens), 2, dtype=torch.float64)
+    found[reader.order] = read.double().cpu()
+    for part in found.split([len(continuation) for _, continuation in pairs]):
+        yield Score(part[:, 0].sum().item(), bool(part[:, 1].all()))
 
 
-def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    return values.cpu().split(list(sizes))
+class _Reader:
+    """Takes tokens' log-probabilities from logits, [tokens, 2]: these, and whether the token is the most likely one.
+
+    Args:
+        rows: of each token, the row of the logits that leads to it.
+    Attributes:
+        order: of the tokens, as they are returned.
+    """
+
+    def __init__(self, rows: Tensor, tokens: Tensor) -> None:
+        self.order = rows.argsort(stable=True)
+        self._rows, self._tokens = rows[self.order], tokens[self.order]
+
+    def __call__(self, rows: slice, logits: Tensor) -> Tensor:
+        first, last = torch.searchsorted(self._rows, torch.tensor([rows.start, rows.stop])).tolist()
+        here = (self._rows[first:last] - rows.start).to(logits.device)
+        tokens = self._tokens[first:last].to(logits.device)
+        # As argmax, and on the CPU two to four times as fast.
+        greedy = logits.max(dim=-1).indices[here] == tokens
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        # One kernel over each row; a logsumexp goes over all of them five times.
+        logprobs = F.log_softmax(logits, dim=-1, dtype=wide)[here, tokens]
+        return torch.stack((logprobs, greedy.to(wide)), dim=1)
 
 
 def _batches(texts: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:

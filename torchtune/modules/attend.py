@@ -16,6 +16,7 @@ from torchtune.distributed.collectives import gather
 from torchtune.modules.cpu_attention import attend_on_cpu
 from torchtune.modules.documents import Documents, Rows
 from torchtune.modules.kv_cache import LayerCache
+from torchtune.modules.tree_attention import attend_tree
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def _attend_by_length(
     q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores, sinks: Tensor | None
 ) -> Tensor:
     """`attend` where the host must know the lengths."""
+    if _is_tree(q, k, v, documents, scores, sinks):
+        return attend_tree(q, k, v, documents, scores.scale)
     if scores.chunk is not None:
         documents = documents.chunked(scores.chunk)
     keys = documents  # the tokens of each document are the last of its keys
@@ -97,6 +100,18 @@ def _attend_by_length(
     if q.device.type == "cuda":
         return _attend_varlen(q, k, v, documents, keys, scores)
     return attend_on_cpu(q, k, v, documents, keys, scores.scale, scores.window, sinks)
+
+
+def _is_tree(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scores: Scores, sinks: Tensor | None) -> bool:
+    """Whether nothing but plain attention to all that came before is asked for, on the CPU and without gradients."""
+    if q.device.type != "cpu" or scores.softcap is not None or sinks is not None:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False
+    if documents.split is not None and documents.split.axis.size > 1:
+        return False
+    reaches = [reach for reach in (scores.window, scores.chunk) if reach is not None]
+    return not reaches or max(documents.reached, default=0) <= min(reaches)
 
 
 _by_length: Callable[..., Tensor] = _attend_by_length

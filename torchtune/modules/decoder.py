@@ -19,6 +19,9 @@ from torchtune.modules.stored import as_in_model, as_stored, stored_pieces
 from torchtune.modules.vocabulary import VocabularyShare
 
 LossFunction = Callable[..., Tensor]
+# What is made of some of the logits asked for, which of them, and these [n, V].
+Reader = Callable[[slice, Tensor], Tensor]
+READ_ROWS = 128  # logits that a reader is given at a time: few enough to stay in a cache
 
 
 class Decoder(Block):
@@ -211,6 +214,7 @@ class CausalLM(Block):
         loss: LossFunction | None = None,
         cache: KVCache | None = None,
         at: Tensor | None = None,
+        read: Reader | None = None,
     ) -> Tensor:
         """Logits, or with `labels` the loss summed over trained tokens.
 
@@ -227,8 +231,10 @@ class CausalLM(Block):
                 one whose vocabulary is shared among ranks `vocabulary`.
             cache: keys and values of what came before.
             at: [N], the places on the flat token axis whose logits are wanted; by default all.
+            read: (rows, logits [n, V]) -> tensor, called for the logits piece by piece; these are never whole in memory.
         Returns:
-            Logits [T, V], [B, S, V] or [N, V]; with `labels` a float32 scalar.
+            Logits [T, V], [B, S, V] or [N, V], or what `read` returned, one after the other; with `labels` a float32
+            scalar.
         Raises:
             ValueError: labels of another shape, or tokens for which there is no position.
         """
@@ -248,14 +254,10 @@ class CausalLM(Block):
             shape = input_ids.shape
             if at is not None:
                 hidden, shape = hidden[at], at.shape
-            bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
-            logits = product(hidden, self.head_weight.to(hidden.dtype), bias, self.head_laid_out)
-            if (update := self._head_update(hidden)) is not None:
-                logits = logits + update[0] @ update[1].T
-            if self.vocabulary is not None:
-                logits = self.vocabulary.whole(logits)
-            logits = logits.view(*shape, -1)
-            return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
+            if read is None:
+                return self._logits(hidden).view(*shape, -1)
+            pieces = [slice(start, start + READ_ROWS) for start in range(0, len(hidden), READ_ROWS)]
+            return torch.cat([read(rows, self._logits(hidden[rows])) for rows in pieces])
         labels = labels.reshape(-1)
         if trained is None:
             trained = (labels != IGNORE_INDEX).nonzero().squeeze(-1)  # [N]
@@ -271,6 +273,16 @@ class CausalLM(Block):
         given = {name: option for name, option in options.items() if option is not None}
         total = (loss or LinearCrossEntropy())(hidden, self.head_weight, labels[trained], **given)
         return total if self.router_loss is None else total + self._router_loss(documents) * len(trained)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D] -> [N, V]."""
+        bias = None if self.head_bias is None else self.head_bias.to(hidden.dtype)
+        logits = product(hidden, self.head_weight.to(hidden.dtype), bias, self.head_laid_out)
+        if (update := self._head_update(hidden)) is not None:
+            logits = logits + update[0] @ update[1].T
+        if self.vocabulary is not None:
+            logits = self.vocabulary.whole(logits)
+        return logits if self.logit_softcap is None else softcapped(logits, self.logit_softcap)
 
     def _head_update(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """hidden [N, D] -> u [N, r] and b [V, r], whose product is added to the logits, where the head has an update."""

@@ -19,6 +19,7 @@ from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.finetune_data import build_transform
 from torchtune.recipes.params import FinetuneParams
 from torchtune.recipes.run_folder import RunFolder
+from torchtune.recipes.tasks import open_tasks
 from torchtune.training.activation_checkpointing import check_activation_checkpointing
 from torchtune.training.device import get_device
 from torchtune.training.optimizer_in_backward import check_optimizer_in_backward
@@ -60,6 +61,9 @@ def check_finetune(
             )
     with problems.caught("output_dir"):
         RunFolder(params, recipe)
+    if params.evaluation is not None:
+        with problems.caught("evaluation"):
+            open_tasks(params.evaluation, "evaluation.")
     _look_at_data(params, problems)
     num_before = len(problems)
     if params.tokenizer is not None:

@@ -26,40 +26,29 @@ from torchtune.data.options import DatasetOptions
 from torchtune.data.sampler import RowSampler
 from torchtune.distributed.mesh import MeshSizes, open_mesh
 from torchtune.distributed.process_group import is_main, process_group, world_size
-from torchtune.errors import ConfigError, MissingDependencyError, Problems, did_you_mean
+from torchtune.errors import ConfigError
 from torchtune.evaluation.held_out import held_out_loss
 from torchtune.evaluation.scoring import BATCH_TOKENS
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.losses import LinearCrossEntropy
 from torchtune.recipes.inference import Asked, ModelParams, PromptParams, open_asked
-from torchtune.recipes.params import Count
+from torchtune.recipes.params import Count, TaskParams
+from torchtune.recipes.tasks import Measuring, open_tasks
+from torchtune.training.allocator import keep_freed_memory
 from torchtune.training.device import get_device
 from torchtune.training.progress import say
 
 
 @dataclass(config=STRICT, kw_only=True)
-class EvaluateParams(ModelParams, PromptParams):
+class EvaluateParams(ModelParams, PromptParams, TaskParams):
     """All keys of this recipe."""
 
-    tasks: str | list[str] = Field(default_factory=list, description="lm-eval's tasks or groups, by name.")
-    include_path: str | None = Field(default=None, description="A folder of further tasks, as lm-eval's YAML files.")
-    num_fewshot: int | None = Field(
-        default=None, ge=0, description="Examples before each question; by default the task's."
-    )
-    limit: float | None = Field(default=None, gt=0, description="Questions of each task: a number, or below 1 a share.")
-    fewshot_as_multiturn: bool = Field(
-        default=False, description="Examples are turns of the chat, with a chat template."
-    )
-    gen_kwargs: dict[str, Any] = Field(default_factory=dict, description="Of generated answers, over the task's own.")
     log_samples: bool = Field(default=False, description="Write each question and answer beside output.")
-    confirm_run_unsafe_code: bool = Field(default=False, description="Allow tasks that run what the model writes.")
     apply_chat_template: bool | None = Field(default=False, description="Put tasks' questions through the template.")
     dataset: DatasetOptions | None = Field(default=None, description="Data to measure loss and perplexity on.")
     max_seq_len: Count | None = Field(
         default=None, description="Tokens of a row or request at most; by default the context."
     )
-    batch_tokens: Count = Field(default=BATCH_TOKENS, description="Tokens of a forward.")
-    batch_size: Count = Field(default=8, description="Answers generated at a time.")
     bootstrap_iters: int = Field(default=100_000, ge=0, description="Draws for tasks' standard errors; 0: none.")
     seed: int = Field(default=42, ge=0, description="Of the choice of examples and of what is drawn.")
     output: str | None = Field(default=None, description="A JSON file for the results.")
@@ -69,11 +58,6 @@ class EvaluateParams(ModelParams, PromptParams):
         if not self.tasks and self.dataset is None:
             raise ValueError("tasks: neither it nor dataset is given; there is nothing to measure")
         return self
-
-    @property
-    def task_names(self) -> list[str]:
-        """`tasks` as a list."""
-        return self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
 
 
 def check(params: EvaluateParams) -> None:
@@ -109,14 +93,17 @@ class EvaluateRecipe:
             self._data = data.prepare(max_seq_len=limit)
             say(str(self._data.report))
         if params.tasks:
-            self._tasks = _open_tasks(params)
+            self._tasks = open_tasks(params)
 
     def evaluate(self) -> dict[str, Any]:
         """All that was asked for, as JSON has it: `results` by task, `dataset` with loss and perplexity.
 
         On several ranks, all of it on the first one, and what it shares with the others elsewhere.
         """
-        model = self._asked.load(self._params)
+        with keep_freed_memory(get_device(self._params.device)):
+            return self._found(self._asked.load(self._params))
+
+    def _found(self, model: CausalLM) -> dict[str, Any]:
         found: dict[str, Any] = {"model": self._asked.adapted.checkpoint.source}
         if self._params.dataset is not None:
             found["dataset"] = self._loss(model)
@@ -153,58 +140,18 @@ class EvaluateRecipe:
         }
 
     def _measured(self, model: CausalLM) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
-
-        from torchtune.evaluation.harness import HarnessModel
-
-        params, checkpoint = self._params, self._asked.adapted.checkpoint
-        asked = HarnessModel(
+        params, asked = self._params, self._asked
+        source = asked.adapted.checkpoint.source
+        measuring = Measuring(params, self._tasks, asked.tokenizer, asked.prompter, asked.stop_ids, source, params.seed)
+        found = measuring.ask(
             model,
-            self._asked.tokenizer,
-            self._asked.prompter,
-            stop_ids=self._asked.stop_ids,
-            name=checkpoint.source,
-            batch_tokens=params.batch_tokens,
-            batch_size=params.batch_size,
             max_length=params.max_seq_len,
-        )
-        found = simple_evaluate(
-            asked,
-            tasks=params.task_names,
-            num_fewshot=params.num_fewshot,
-            limit=params.limit,
-            task_manager=self._tasks,
-            apply_chat_template=params.apply_chat_template,
-            fewshot_as_multiturn=params.fewshot_as_multiturn,
             system_instruction=params.system,
-            gen_kwargs=params.gen_kwargs or None,
             log_samples=params.log_samples,
             bootstrap_iters=params.bootstrap_iters,
-            random_seed=params.seed,
-            numpy_random_seed=params.seed,
-            torch_random_seed=params.seed,
-            fewshot_random_seed=params.seed,
-            confirm_run_unsafe_code=params.confirm_run_unsafe_code,
         )
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "samples")
-        return {key: found[key] for key in kept if key in (found or {})}
-
-
-def _open_tasks(params: EvaluateParams) -> Any:
-    """lm-eval's tasks and those of `include_path`, once it is known that those asked for are among them."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MissingDependencyError("lm-eval", extra="eval", needed_for="tasks") from error
-    if params.include_path is not None and not Path(params.include_path).is_dir():
-        raise ConfigError(f"{params.include_path} is no folder", key="include_path")
-    tasks = TaskManager(include_path=params.include_path)
-    problems = Problems()
-    for name in params.task_names:
-        if not tasks.match_tasks([name]):
-            problems.add("tasks", f"there is no task '{name}'{did_you_mean(name, tasks.all_tasks)}")
-    problems.raise_all()
-    return tasks
+        return {key: found[key] for key in kept if key in found}
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ from torchtune.recipes.run_checkpoint import Saves, verified_training_state, wri
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
 from torchtune.recipes.samples import open_samples
+from torchtune.recipes.tasks import open_evaluation
 from torchtune.recipes.upkeep import Upkeep
 from torchtune.tokenizers.tokenizer import Tokenizer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
@@ -205,6 +206,7 @@ class FullFinetuneRecipe:
         saves = Saves(self._output, in_background=params.enable_async_checkpointing)
         self._saves = self._open.enter_context(saves)
         self._samples = open_samples(params, self._checkpoint, self._tokenizer, self.state, self._output.path)
+        self._evaluation = open_evaluation(params, self._checkpoint, self._tokenizer, self.state)
         self._upkeep = Upkeep(
             params,
             self.state,
@@ -214,6 +216,7 @@ class FullFinetuneRecipe:
             device=self._device,
             total_steps=self._optimization.total_steps,
             evaluate=None if self._eval_dataloader is None else self.evaluate,
+            measure=None if self._evaluation is None else self.measure,
             sample=None if self._samples is None else self.sample,
             save=self.save_checkpoint,
             saves=self._saves,
@@ -272,6 +275,12 @@ class FullFinetuneRecipe:
         self._eval_dataloader.set_epoch(0)
         with self._autocast:
             return held_out_loss(self._model, self._eval_dataloader, self._loss_fn, self._mesh, self._device)
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of `evaluation`'s tasks."""
+        assert self._evaluation is not None, "there are no tasks"
+        with self._autocast:
+            return self._evaluation(self._model)
 
     def sample(self, step: int) -> None:
         """Answer the prompts of `samples`, as the model is after this step."""

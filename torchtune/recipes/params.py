@@ -16,6 +16,7 @@ from torchtune.config.component import Component
 from torchtune.config.strict import STRICT
 from torchtune.data.options import DatasetOptions
 from torchtune.distributed.mesh import MeshSizes
+from torchtune.evaluation.scoring import BATCH_TOKENS
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 Count = Annotated[int, Field(ge=1)]
@@ -89,6 +90,48 @@ class SamplesParams:
     @classmethod
     def _from_prompts(cls, value: Any) -> Any:
         return {"prompts": value} if isinstance(value, str) else value
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TaskParams:
+    """lm-eval's tasks, and how they are put."""
+
+    tasks: str | list[str] = Field(default_factory=list, description="lm-eval's tasks or groups, by name.")
+    include_path: str | None = Field(default=None, description="A folder of further tasks, as lm-eval's YAML files.")
+    num_fewshot: int | None = Field(
+        default=None, ge=0, description="Examples before each question; by default the task's."
+    )
+    limit: float | None = Field(default=None, gt=0, description="Questions of each task: a number, or below 1 a share.")
+    apply_chat_template: bool | None = Field(default=False, description="Put tasks' questions through the template.")
+    fewshot_as_multiturn: bool = Field(
+        default=False, description="Examples are turns of the chat, with a chat template."
+    )
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict, description="Of generated answers, over the task's own.")
+    confirm_run_unsafe_code: bool = Field(default=False, description="Allow tasks that run what the model writes.")
+    batch_tokens: Count = Field(default=BATCH_TOKENS, description="Tokens of a forward.")
+    batch_size: Count = Field(default=8, description="Answers generated at a time.")
+
+    @property
+    def task_names(self) -> list[str]:
+        """`tasks` as a list."""
+        return self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EvaluationParams(TaskParams):
+    """Tasks that the model is asked in the middle of training."""
+
+    shorthand: ClassVar[str] = "tasks"
+
+    tasks: str | list[str] = Field(description="lm-eval's tasks or groups, by name.")
+    every_n_steps: Count | None = Field(
+        default=None, description="Steps between; by default each epoch's end, and the run's."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_tasks(cls, value: Any) -> Any:
+        return {"tasks": value} if isinstance(value, str) else value
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -231,6 +274,9 @@ class FinetuneParams:
     samples: SamplesParams | None = Field(
         default=None, description="Prompts to answer now and then, kept in OUT/samples.jsonl."
     )
+    evaluation: EvaluationParams | None = Field(
+        default=None, description="lm-eval's tasks to measure now and then, logged as TASK/METRIC."
+    )
     early_stopping: EarlyStoppingParams | None = Field(
         default=None, description="Stop when the held-out loss stops falling."
     )
@@ -272,6 +318,8 @@ class FinetuneParams:
             problems.append("early_stopping: there is nothing held out; give eval_dataset or eval_fraction")
         if self.samples is not None and self.tensor_parallel > 1:
             problems.append("samples: are not made under tensor_parallel, whose ranks share the tokens; leave them out")
+        if self.evaluation is not None and self.tensor_parallel > 1:
+            problems.append("evaluation: is not made under tensor_parallel, whose ranks share the tokens; leave it out")
         if self.clip_grad_norm is not None and math.isnan(self.clip_grad_norm):
             problems.append("clip_grad_norm: nan is no norm; use a positive number, null or inf")
         if self.param_dtype == "bf16" and self.dtype == "fp16":

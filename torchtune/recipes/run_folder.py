@@ -43,6 +43,7 @@ WITHOUT_EFFECT = frozenset(
         "log_every_n_steps",
         "metric_logger",
         "samples",
+        "evaluation",
         "profiler",
         "num_workers",
         "device",

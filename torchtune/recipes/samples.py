@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchtune.checkpoint.open import Checkpoint
-from torchtune.data.prompts import Prompt, Prompter, chat_of
-from torchtune.data.template import choose_template
+from torchtune.data.prompts import Prompt, chat_of
 from torchtune.distributed.process_group import is_main
 from torchtune.errors import ConfigError
 from torchtune.generation.generate import generate
 from torchtune.generation.sampling import Sampling
 from torchtune.models.config import context_length
 from torchtune.modules.decoder import CausalLM
-from torchtune.parallel.fsdp import reshard
+from torchtune.recipes.live_model import asking, prompter_of
 from torchtune.recipes.params import FinetuneParams, SamplesParams
 from torchtune.recipes.run_state import RunState
 from torchtune.tokenizers.tokenizer import Tokenizer
@@ -53,8 +49,7 @@ class Samples:
         self._params: SamplesParams = params.samples
         self._is_compiled = params.compile
         self._tokenizer, self._stop_ids, self._seed = tokenizer, checkpoint.stop_ids, state.seed
-        templates = choose_template(params.dataset.chat_template, checkpoint.chat_template)
-        prompter = Prompter(tokenizer, templates, variables=params.dataset.chat_template_kwargs, now=state.started)
+        prompter = prompter_of(params, checkpoint, tokenizer, state)
         self._texts = self._params.texts
         asked: list[Any] = [chat_of(text) if prompter.has_template else text for text in self._texts]
         self._prompts = [prompter.encode(Prompt(each, source="samples.prompts")) for each in asked]
@@ -70,9 +65,7 @@ class Samples:
     def __call__(self, model: CausalLM, step: int) -> None:
         """Answer the prompts as the model is after this step."""
         params = self._params
-        # A layer that was compiled for training would be compiled anew for each length.
-        eager = torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
-        with eager:
+        with asking(model, is_compiled=self._is_compiled):
             found = {
                 answer.prompt: self._tokenizer.decode(answer.ids)
                 for answer in generate(
@@ -85,7 +78,6 @@ class Samples:
                 )
                 if answer.ended_by
             }
-        reshard(model)
         for place, text in enumerate(self._texts):
             if is_main():
                 self._file.log_dict({"prompt": text, "text": found[place]}, step)

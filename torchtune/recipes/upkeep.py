@@ -15,7 +15,7 @@ from torchtune.data.loader import DataLoader
 from torchtune.distributed.process_group import any_rank, is_main, max_over_ranks
 from torchtune.errors import DataError, StoppedBySignal
 from torchtune.recipes import choices
-from torchtune.recipes.params import FinetuneParams
+from torchtune.recipes.params import EvaluationParams, FinetuneParams, SamplesParams
 from torchtune.recipes.run_checkpoint import Saves
 from torchtune.recipes.run_folder import RunFolder, save_is_due
 from torchtune.recipes.run_state import RunState
@@ -41,6 +41,7 @@ class Upkeep:
         loggers: what metrics go to.
         total_steps: optimizer steps of the whole run; None where only the data's end will tell.
         evaluate: measures the held-out loss; None where nothing is held out.
+        measure: asks tasks, gives their metrics; None where there are none.
         sample: answers prompts after a step; None where there are none.
         save: writes a checkpoint of the step just made, given its epoch; returns the folder.
         saves: what `save` writes by, maybe in the background.
@@ -58,6 +59,7 @@ class Upkeep:
         device: torch.device,
         total_steps: int | None,
         evaluate: Callable[[], float] | None,
+        measure: Callable[[], dict[str, float]] | None,
         sample: Callable[[int], None] | None,
         save: Callable[[int], Path],
         saves: Saves,
@@ -70,7 +72,7 @@ class Upkeep:
         self._loggers = loggers
         self._device = device
         self._total_steps = total_steps
-        self._evaluate, self._sample = evaluate, sample
+        self._evaluate, self._measure, self._sample = evaluate, measure, sample
         self._save = save
         self._saves = saves
         self._profiler = until.enter_context(setup_torch_profiler(**choices.profiler_options(params, output.path)))
@@ -135,21 +137,28 @@ class Upkeep:
         read_all = self._loader.rows_consumed >= self._loader.num_rows
         epoch_ends = read_all or state.steps_in_epoch == state.max_steps_per_epoch
         run_ends = step == params.max_steps or (epoch_ends and epoch + 1 == state.total_epochs)
-        every, stopping = params.eval_every_n_steps, params.early_stopping
+        every = params.eval_every_n_steps
         evaluates = self._evaluate is not None and (run_ends or (step % every == 0 if every else epoch_ends))
+        measures = _is_due(params.evaluation, step, epoch_ends or run_ends)
         is_best = False
-        if run_ends or evaluates or step % params.log_every_n_steps == 0:
-            is_best = self._log({"epoch": epoch + 1} | metrics, evaluates=evaluates)
-            run_ends |= stopping is not None and state.best.num_without_better >= stopping.patience
+        if run_ends or evaluates or measures or step % params.log_every_n_steps == 0:
+            is_best = self._log({"epoch": epoch + 1} | metrics, evaluates=evaluates, measures=measures)
+            run_ends |= self._stops_early
         if epoch_ends:
             state.end_epoch(epoch)
         with self._timer.paused():
-            self._sample_if_due(step, at_an_end=epoch_ends or run_ends)
+            if self._sample is not None and _is_due(params.samples, step, epoch_ends or run_ends):
+                self._sample(step)
             self._save_if_due(epoch, epoch_ends=epoch_ends, run_ends=run_ends, is_best=is_best)
         return run_ends
 
-    def _log(self, metrics: dict[str, Any], *, evaluates: bool) -> bool:
-        """Log the step, and the held-out loss if that is due; returns whether it is the best."""
+    @property
+    def _stops_early(self) -> bool:
+        stopping = self._params.early_stopping
+        return stopping is not None and self._state.best.num_without_better >= stopping.patience
+
+    def _log(self, metrics: dict[str, Any], *, evaluates: bool, measures: bool) -> bool:
+        """Log the step, and the held-out loss and tasks' metrics if these are due; whether the loss is the best."""
         step, stopping, is_best = self._state.total_training_steps, self._params.early_stopping, False
         # The step's only wait for the device.
         metrics = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
@@ -159,17 +168,11 @@ class Upkeep:
                 assert self._evaluate is not None
                 metrics["eval_loss"] = loss = self._evaluate()
                 is_best = self._state.best.update(loss, step, min_delta=stopping.min_delta if stopping else 0)
+            if self._measure is not None and (measures or _is_due(self._params.evaluation, step, self._stops_early)):
+                metrics |= self._measure()
             self._loggers.log_dict(metrics, step)
             self._progress.update(step, metrics)
         return is_best
-
-    def _sample_if_due(self, step: int, *, at_an_end: bool) -> None:
-        if self._sample is None:
-            return
-        assert self._params.samples is not None
-        every = self._params.samples.every_n_steps
-        if step % every == 0 if every else at_an_end:
-            self._sample(step)
 
     def _save_if_due(self, epoch: int, *, epoch_ends: bool, run_ends: bool, is_best: bool) -> None:
         params, step = self._params, self._state.total_training_steps
@@ -190,3 +193,10 @@ class Upkeep:
                 stop,
                 f"stopped after step {step}, saved in {folder}; resume_from_checkpoint=true goes on from there",
             )
+
+
+def _is_due(params: EvaluationParams | SamplesParams | None, step: int, at_an_end: bool) -> bool:
+    """Whether it is asked for after this step; where no number of steps is given, at an end."""
+    if params is None:
+        return False
+    return step % params.every_n_steps == 0 if params.every_n_steps else at_an_end
