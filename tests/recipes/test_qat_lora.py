@@ -87,12 +87,15 @@ def test_a_run_that_goes_on_writes_the_same_bits(base, tmp_path):
         assert (out / "step_4" / name).read_bytes() == (whole / "step_4" / name).read_bytes()
 
 
-def test_two_ranks(base, tmp_path, two_ranks):
+@pytest.mark.parametrize(
+    "ranks", [("batch_size=2",), ("batch_size=4", "context_parallel=2", "enable_activation_checkpointing=true")]
+)
+def test_two_ranks(base, tmp_path, two_ranks, ranks):
     """Losses are one rank's, but for codes that a last bit turns; what is written is what quantize makes of the adapter."""
     keys = ("qat=int4", "packed=false", *SGD, "optimizer.lr=0.01")
     alone, out = tmp_path / "alone", tmp_path / "out"
     train("lora_finetune", keys_of(base, alone, *keys, "batch_size=4"))
-    two_ranks.run(train, "lora_finetune", keys_of(base, out, *keys, "batch_size=2"), timeout_s=200)
+    two_ranks.run(train, "lora_finetune", keys_of(base, out, *keys, *ranks), timeout_s=200)
     for line, other in zip(metrics_of(alone), metrics_of(out), strict=True):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-3)
     assert metrics_of(out)[0]["loss"] == pytest.approx(metrics_of(alone)[0]["loss"], rel=1e-5)
