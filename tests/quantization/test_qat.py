@@ -7,6 +7,9 @@ import torch
 from transformers import MixtralConfig
 
 from tests.tiny_checkpoint import tiny_config
+from torchtune.adapters.adapter import adapter_of
+from torchtune.adapters.config import LoRAConfig
+from torchtune.adapters.lora import LoRALinear, apply_lora
 from torchtune.errors import ConfigError, UnsupportedError
 from torchtune.models.build import build_model
 from torchtune.modules.documents import Documents
@@ -65,6 +68,86 @@ def test_the_gradient_goes_straight_through(kind, group_size):
     torch.testing.assert_close(layer.weight.grad.double(), to.double().T @ x.detach().double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.bias.grad.double(), to.double().sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad.double(), to.double() @ rounded, rtol=1e-5, atol=1e-5)
+
+
+def adapted_model():
+    """The small Llama with an update on every linear layer, B not zero."""
+    model = tiny_model()
+    apply_lora(model, LoRAConfig(rank=3, alpha=6.0))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "group_size"), SCHEMES)
+def test_an_adapted_model_computes_with_its_merged_weights_quantised(kind, group_size):
+    """Bit for bit, the layers of one input and the gated product too."""
+    scheme = scheme_of(kind, group_size=group_size)
+    model, merged = adapted_model(), tiny_model()
+    with torch.no_grad():
+        for name, update in adapter_of(model, LoRAConfig(rank=3, alpha=6.0)).updates.items():
+            weight = merged.get_parameter(f"{name}.weight")
+            weight.copy_(scheme.decode(scheme.encode(update.merge_into(weight)), torch.float32))
+        apply_qat(model, scheme)
+        assert torch.equal(loss_of(model), loss_of(merged))
+
+
+@pytest.mark.parametrize(("kind", "group_size"), SCHEMES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_of_an_update_goes_straight_through(kind, group_size, bias):
+    """y = x r(W + s B A)': autograd in float64 of the sum, with what rounding changes as a constant added to it."""
+    scheme = scheme_of(kind, group_size=group_size)
+    torch.manual_seed(1)
+    layer = LoRALinear(Linear(64, 24, bias=bias), rank=3, scale=0.7)
+    for factor in (layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(factor.weight)
+    layer.weight.requires_grad_(False)
+    layer.rounding = scheme.rounded
+    x, to = torch.randn(7, 64, requires_grad=True), torch.randn(7, 24)
+    out = layer(x)
+    out.backward(to)
+    weight, a, b, wide_x = (
+        value.detach().double().requires_grad_()
+        for value in (layer.weight, layer.lora_A.weight, layer.lora_B.weight, x)
+    )
+    merged = layer.weight + (layer.lora_B.weight @ layer.lora_A.weight).detach() * 0.7
+    total = weight + 0.7 * b @ a
+    rounded = total + (scheme.decode(scheme.encode(merged), torch.float64) - total).detach()
+    expected = torch.nn.functional.linear(wide_x, rounded, layer.bias.detach().double() if bias else None)
+    expected.backward(to.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, wanted in ((layer.lora_A.weight, a), (layer.lora_B.weight, b), (x, wide_x)):
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-5, atol=1e-4)
+    assert layer.weight.grad is None
+
+
+def test_updates_of_an_adapted_model_get_the_gradients_of_its_weights():
+    """Of a model whose weights are the rounded sums: dL/dA = s B' dL/dW and dL/dB = s dL/dW A'."""
+    scheme = scheme_of("int4", group_size=32)
+    model, merged = adapted_model(), tiny_model()
+    updates = adapter_of(model, LoRAConfig(rank=3, alpha=6.0)).updates
+    with torch.no_grad():
+        for name, update in updates.items():
+            weight = merged.get_parameter(f"{name}.weight")
+            weight.copy_(scheme.rounded(update.merge_into(weight)))
+    loss_of(merged).backward()
+    apply_qat(model, scheme)
+    loss_of(model).backward()
+    for name, update in updates.items():
+        of_weight = merged.get_parameter(f"{name}.weight").grad
+        close = {"rtol": 1e-4, "atol": 1e-5 * of_weight.abs().max().item()}
+        torch.testing.assert_close(update.a.grad, update.scale * update.b.T @ of_weight, **close)
+        torch.testing.assert_close(update.b.grad, update.scale * of_weight @ update.a.T, **close)
+
+
+def test_what_is_no_plain_update_is_refused():
+    """DoRA's lengths and dropout: by the layer's name."""
+    for config in (LoRAConfig(rank=3, use_dora=True), LoRAConfig(rank=3, dropout=0.1)):
+        model = tiny_model()
+        apply_lora(model, config)
+        with pytest.raises(UnsupportedError, match="q_proj has DoRA or dropout"):
+            apply_qat(model, scheme_of("int8"))
 
 
 def test_rounding_is_to_the_nearest_multiple_of_the_scale():

@@ -259,6 +259,26 @@ def test_a_rounded_run_goes_on_to_the_same_bits(base, tmp_path):
         assert (out / "step_4" / name).read_bytes() == (whole / "step_4" / name).read_bytes()
 
 
+@pytest.mark.parametrize("recipe", ["full_finetune", "lora_finetune"])
+def test_what_plain_rounding_loses_is_told_and_logged(base, tmp_path, capsys, recipe):
+    """Before the first step, of the base: as evaluate has it, and after quantize; at the end, of what was trained."""
+    keys = [*qat_keys(base, tmp_path / "run", "qat=int4", f"eval_dataset={ROWS}"), "max_steps=1", "packed=false"]
+    assert run(["run", recipe, *keys]) == 0
+    said = capsys.readouterr().err
+    rounded = quantize(base, tmp_path / "rounded", "kind=int4")
+    losses = []
+    for folder in (base, rounded, last_step(tmp_path / "run") / "quantized"):
+        found = tmp_path / "found.json"
+        assert (
+            run(["run", "evaluate", f"model_checkpoint={folder}", f"dataset={ROWS}", "dtype=fp32", f"output={found}"])
+            == 0
+        )
+        losses.append(pytest.approx(json.loads(found.read_text())["dataset"]["loss"], rel=1e-5))
+    first, last = metrics_of(tmp_path / "run")
+    assert [first["step"], first["eval_loss_not_rounded"], first["eval_loss"], last["eval_loss"]] == [0, *losses]
+    assert f"held-out loss {first['eval_loss_not_rounded']:.4f} before training" in said
+
+
 def test_a_rounded_run_on_two_ranks(base, tmp_path, two_ranks):
     """Its losses are one rank's, but for codes that a last bit turns; its quantised model is what quantize makes."""
     keys = ("qat=int4", "packed=false", "optimizer=torch.optim.SGD", "optimizer.lr=0.01")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchtune.adapters.config import Init, LoRAConfig
 from torchtune.adapters.lora import ExpertsUpdate, LoRAEmbedding, LoRALinear, RouterUpdate
+from torchtune.adapters.low_rank import with_update
 from torchtune.distributed.part import part_of, set_held
 from torchtune.errors import CheckpointError
 from torchtune.modules.decoder import CausalLM
@@ -44,8 +45,7 @@ class LowRankUpdate:
         Args:
             weight: [out, in] or [E, out, in]; in and out the other way round where `transposed`.
         """
-        update = (self.b.to(weight) @ self.a.to(weight)) * self.scale
-        merged = (weight.mT if transposed else weight) + update
+        merged = with_update(weight.mT if transposed else weight, self.a, self.b, self.scale)
         if self.magnitude is not None:
             merged = merged * (self.magnitude.to(weight) / merged.norm(dim=-1))[..., None]
         return merged.mT if transposed else merged

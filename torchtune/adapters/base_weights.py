@@ -29,7 +29,7 @@ class BaseWeights:
 
     Args:
         model: with its update layers, that have their memory.
-        dtype: what frozen weights rest in.
+        dtype: what frozen weights rest in; None leaves each in the type that it comes in.
         trained_dtype: what weights that are trained whole are held in.
         frozen: adapters that the run stands on, in order.
         pack: quantises a weight; None leaves all dense.
@@ -42,7 +42,7 @@ class BaseWeights:
         self,
         model: CausalLM,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         trained_dtype: torch.dtype,
         frozen: Sequence[Adapter] = (),
         pack: Pack | None = None,
@@ -99,7 +99,7 @@ class BaseWeights:
             _begin_at(layer, weight.to(wide) - packed.dense(wide))
         if self._begins_magnitude(layer):
             # As long as the rows that are computed with: B is zero, and the weight is rounded or quantised.
-            held = dense(weight.to(self._dtype) if packed is None else packed, wide)
+            held = dense(weight.to(self._dtype or wide) if packed is None else packed, wide)
             lengths = held.square().sum(0 if layer.transposed else 1).sqrt()
             set_held(layer, "lora_magnitude_vector", lengths)
         return self._rest(name, weight, packed)
@@ -110,7 +110,7 @@ class BaseWeights:
         if weight.shape != part.shape:
             weight, packed = self._cut(name, weight), None
         if not self._packs(name):
-            return weight.to(self._dtype)
+            return weight.to(self._dtype or weight.dtype)
         packed = self._packed(weight) if packed is None else packed
         _check_blocks(name, part, packed.block)
         return packed

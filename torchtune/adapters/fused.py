@@ -28,6 +28,9 @@ from torchtune.adapters.low_rank import (
     gradients_of_b,
 )
 
+# What of a layer is no tensor: scale, transposed, is_sum.
+Settings = tuple[float, bool, bool]
+
 
 def lora_linear(
     x: Tensor,
@@ -38,20 +41,21 @@ def lora_linear(
     scale: float,
     *,
     transposed: bool = False,
+    is_sum: bool = False,
     adapter_input: Tensor | None = None,
 ) -> Tensor:
     """x @ weight.T + bias + scale * (x @ lora_a.T) @ lora_b.T. Kept are x and the product with A, [T, r].
 
     Args:
         x: [..., in].
-        weight, bias, lora_a, lora_b, scale, transposed: as in `Adapted`.
+        weight, bias, lora_a, lora_b, scale, transposed, is_sum: as in `Adapted`.
         adapter_input: what A sees in place of x, of the same shape and type: x after dropout.
     Returns:
         [..., out], in x's type.
     Raises:
         ValueError: the weight is not frozen, or one of A and B is missing.
     """
-    return _apply(x, adapter_input, [Adapted(weight, bias, lora_a, lora_b, scale, transposed)])[0]
+    return _apply(x, adapter_input, [Adapted(weight, bias, lora_a, lora_b, scale, transposed, is_sum)])[0]
 
 
 def lora_linears(x: Tensor, adapted: Sequence[Adapted]) -> tuple[Tensor, ...]:
@@ -89,7 +93,7 @@ def _apply(x: Tensor, adapter_input: Tensor | None, adapted: Sequence[Adapted]) 
         _check(layer.weight, layer.lora_a, layer.lora_b)
     # Autograd sees only tensors that are arguments of their own.
     tensors = [tensor for layer in adapted for tensor in layer[:4]]
-    settings = tuple((layer.scale, layer.transposed) for layer in adapted)
+    settings = tuple(layer[4:] for layer in adapted)
     outputs: tuple[Tensor, ...] = _LoRALinears.apply(x, adapter_input, settings, *tensors)
     return outputs
 
@@ -106,11 +110,11 @@ def _check(weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None) -> None
 
 
 class _LoRALinears(torch.autograd.Function):
-    """Layers of one input; `tensors` are weight, bias, lora_a and lora_b of each, `settings` its scale, transposed."""
+    """Layers of one input; `tensors` are weight, bias, lora_a and lora_b of each, `settings` the rest of its fields."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, adapter_input: Tensor | None, settings: tuple[tuple[float, bool], ...], *tensors: Any
+        ctx: Any, x: Tensor, adapter_input: Tensor | None, settings: tuple[Settings, ...], *tensors: Any
     ) -> tuple[Tensor, ...]:
         seen = x if adapter_input is None else adapter_input
         outputs, low = adapted_products(_layers(settings, tensors), _rows(x), _rows(seen))
@@ -146,7 +150,7 @@ class _LoRALinearOfSiluProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, scale: float, *tensors: Any) -> Tensor:
         product = _rows(F.silu(gate).mul_(up))
-        (output,), low = adapted_products(_layers([(scale, False)], tensors), product, product)
+        (output,), low = adapted_products(_layers([(scale, False, False)], tensors), product, product)
         ctx.save_for_backward(gate, up, low if ctx.needs_input_grad[6] else None, *tensors)
         ctx.scale = scale
         return output.view(*gate.shape[:-1], output.shape[-1])
@@ -156,7 +160,7 @@ class _LoRALinearOfSiluProduct(torch.autograd.Function):
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, low, *tensors = ctx.saved_tensors
         needs_gate, needs_up, _, *needs = ctx.needs_input_grad
-        layers, grads = _layers([(ctx.scale, False)], tensors), [_rows(output_grad)]
+        layers, grads = _layers([(ctx.scale, False, False)], tensors), [_rows(output_grad)]
         grad_low = gradient_of_low(layers, grads) if needs_gate or needs_up or needs[2] else None
         silu = F.silu(gate)
         product = _rows(silu * up) if needs[2] else None
@@ -191,11 +195,11 @@ def _parameter_gradients(
     return gradients
 
 
-def _layers(settings: Sequence[tuple[float, bool]], tensors: Sequence[Any]) -> list[Adapted]:
+def _layers(settings: Sequence[Settings], tensors: Sequence[Any]) -> list[Adapted]:
     of_layers = [tensors[4 * index : 4 * index + 4] for index in range(len(settings))]
     return [
-        Adapted(weight, bias, lora_a, lora_b, scale, transposed)
-        for (weight, bias, lora_a, lora_b), (scale, transposed) in zip(of_layers, settings, strict=True)
+        Adapted(weight, bias, lora_a, lora_b, *rest)
+        for (weight, bias, lora_a, lora_b), rest in zip(of_layers, settings, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ A layer keeps its `weight` and `bias` under their names, frozen, and gets `lora_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.fused import lora_linear, lora_linear_of_silu_product, lora_linears
-from torchtune.adapters.low_rank import Adapted
+from torchtune.adapters.low_rank import Adapted, with_update
 from torchtune.adapters.targets import Targets, find_targets, find_whole
 from torchtune.distributed.collectives import sum_both_ways
 from torchtune.distributed.mesh import Axis
@@ -48,6 +48,7 @@ class LoRALinear(nn.Module):
         use_dora: rows of W + scale * B A are scaled to the length that `lora_magnitude_vector` [out] says.
 
     Attributes:
+        rounding: makes of W + scale * B A what is computed with in its place, in a type; gradients go straight through.
         initial: A and B at the beginning, where their product was taken out of W (PiSSA).
         bias_share: as of `Linear`.
         input_axis: ranks that each have some of the inputs, and the columns of W and A for them.
@@ -69,15 +70,16 @@ class LoRALinear(nn.Module):
             self.lora_A, self.lora_B = Factor(rank, self.in_features), Factor(self.out_features, rank)
             self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features)) if use_dora else None
         self.dropout = nn.Dropout(dropout) if dropout else None
+        self.rounding: Callable[[Tensor, torch.dtype], Tensor] | None = None
         self.initial: tuple[Tensor, Tensor] | None = None
         self._squared_norms: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         adapter_input = self.dropout(x) if self.dropout is not None and self.training else None
-        w, bias, a, b, scale, transposed = self._adapted()
-        stretch = self._stretch()
-        out = lora_linear(x, w, bias, a, b, scale, transposed=transposed, adapter_input=adapter_input)
+        adapted, stretch = self._adapted(x.dtype), self._stretch()
+        transposed, is_sum = adapted.transposed, adapted.is_sum
+        out = lora_linear(x, *adapted[:5], transposed=transposed, is_sum=is_sum, adapter_input=adapter_input)
         return self._stretched(out, stretch)
 
     @staticmethod
@@ -86,14 +88,14 @@ class LoRALinear(nn.Module):
         if any(layer.dropout is not None and layer.training for layer in layers):
             return [layer(x) for layer in layers]  # each drops other inputs
         stretches = [layer._stretch() for layer in layers]
-        outputs = lora_linears(x, [layer._adapted() for layer in layers])
+        outputs = lora_linears(x, [layer._adapted(x.dtype) for layer in layers])
         return [layer._stretched(out, s) for layer, out, s in zip(layers, outputs, stretches, strict=True)]
 
     def of_silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
         """The output for silu(gate) * up, which is not kept."""
-        if self.transposed or (self.dropout is not None and self.training):
+        if self.transposed or self.rounding is not None or (self.dropout is not None and self.training):
             return self(F.silu(gate) * up)
-        adapted, stretch = self._adapted(), self._stretch()
+        adapted, stretch = self._adapted(gate.dtype), self._stretch()
         out = lora_linear_of_silu_product(
             gate, up, adapted.weight, adapted.bias, adapted.lora_a, adapted.lora_b, adapted.scale
         )
@@ -126,9 +128,17 @@ class LoRALinear(nn.Module):
         """Measure W anew: it is another one."""
         self._squared_norms = None
 
-    def _adapted(self) -> Adapted:
+    def _adapted(self, dtype: torch.dtype) -> Adapted:
+        """What is computed in `dtype`."""
         bias = None if self.lora_magnitude_vector is not None else share_of(self.bias, self.bias_share)
-        return Adapted(self.weight, bias, self.lora_A.weight, self.lora_B.weight, self.scale, self.transposed)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if self.rounding is None:
+            return Adapted(self.weight, bias, a, b, self.scale, self.transposed)
+        with torch.no_grad():
+            # As it is merged and written, to the bit.
+            wide = torch.promote_types(a.dtype, torch.float32)
+            rounded = self.rounding(with_update(dense(self.weight, wide), a, b, self.scale), dtype)
+        return Adapted(rounded, bias, a, b, self.scale, is_sum=True)
 
     def _stretch(self) -> Tensor | None:
         """[out], DoRA's magnitude over the length that each row has.

@@ -21,6 +21,10 @@ class Adapted(NamedTuple):
 
     The weight may be of any type or packed. A and B are cast to the input's type on the way, their gradients come
     back in their own; without them the layer is the frozen one.
+
+    Attributes:
+        is_sum: the weight has the update in it already, rounded. A and B get the gradients that they had without the
+            rounding (straight through).
     """
 
     weight: Tensor  # [out, in], or [in, out] where `transposed`
@@ -29,6 +33,12 @@ class Adapted(NamedTuple):
     lora_b: Tensor | None  # [out, r]
     scale: float = 1.0
     transposed: bool = False
+    is_sum: bool = False
+
+
+def with_update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """W [out, in] + scale * B A, or of stacks [E, out, in], in W's type, which should be a wide one."""
+    return weight + (lora_b.to(weight) @ lora_a.to(weight)) * scale
 
 
 def adapted_products(layers: Sequence[Adapted], x: Tensor, adapter_input: Tensor) -> tuple[list[Tensor], Tensor | None]:
@@ -43,7 +53,7 @@ def adapted_products(layers: Sequence[Adapted], x: Tensor, adapter_input: Tensor
     for layer, columns in zip(layers, _columns(layers), strict=True):
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         output = F.linear(x, _matrix(layer, x.dtype), bias)
-        if low is not None and layer.lora_b is not None:
+        if low is not None and layer.lora_b is not None and not layer.is_sum:
             output.addmm_(low[:, columns], _scaled_b(layer.lora_b, layer.scale, x.dtype))
         outputs.append(output)
     return outputs, low
@@ -68,13 +78,15 @@ def gradient_of_low(layers: Sequence[Adapted], grads: Sequence[Tensor | None]) -
 
 
 def gradient_of_x(layers: Sequence[Adapted], grads: Sequence[Tensor | None], grad_low: Tensor | None) -> Tensor:
-    """[T, in]: through the weights, and through the A's where `grad_low` is given."""
+    """[T, in]: through the weights, and through the A's where `grad_low` is given and the weights are no sums."""
     reached = [(layer, grad) for layer, grad in zip(layers, grads, strict=True) if grad is not None]
     (first, grad), *others = reached
     total = grad @ _matrix(first, grad)
     for layer, grad in others:
         total.addmm_(grad, _matrix(layer, grad))
-    return total if grad_low is None else total.addmm_(grad_low, _stacked_a(layers, total.dtype))
+    if grad_low is None or layers[0].is_sum:
+        return total
+    return total.addmm_(grad_low, _stacked_a(layers, total.dtype))
 
 
 def gradient_of_adapter_input(layers: Sequence[Adapted], grad_low: Tensor) -> Tensor:

@@ -147,11 +147,10 @@ class Scheme:
         grouped = codes.float().unflatten(-1, (scale.shape[-1], -1))
         return dequantize(grouped, scale.unsqueeze(-1), torch.float32).flatten(-2).to(dtype)
 
-    def rounded(self, matrix: Tensor) -> Tensor:
-        """What a matrix is after `encode` and `decode`, in its own type."""
-        if self.kind == "nf4":
-            return self.decode(self.encode(matrix), matrix.dtype)
-        return self.dense(*self.codes(matrix), matrix.dtype)
+    def rounded(self, matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What a matrix is after `encode` and `decode` to `dtype`, by default its own type."""
+        dtype = dtype or matrix.dtype
+        return self.decode(self.encode(matrix), dtype) if self.kind == "nf4" else self.dense(*self.codes(matrix), dtype)
 
     def config(self, dense_layers: Sequence[str], compute_dtype: torch.dtype) -> dict[str, Any]:
         """The `quantization_config` of config.json.

@@ -36,7 +36,6 @@ from torchtune.parallel.context_parallel import shard_context
 from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp, defer_sums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
-from torchtune.quantization.encoding import encoding_of
 from torchtune.quantization.qat import apply_qat
 from torchtune.recipes.base_checkpoint import open_base_checkpoint
 from torchtune.recipes.checks import check_finetune
@@ -44,7 +43,14 @@ from torchtune.recipes.choices import choose_lr, fsdp_options
 from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
 from torchtune.recipes.optimization import Optimization
-from torchtune.recipes.qat_params import QUANTIZED, QATParams, check_qat, qat_scheme
+from torchtune.recipes.qat_params import (
+    QATParams,
+    check_qat,
+    gathered_dtype,
+    qat_scheme,
+    save_quantized,
+    tell_plain_rounding,
+)
 from torchtune.recipes.run_checkpoint import Saves, verified_training_state, write_checkpoint
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
@@ -172,7 +178,8 @@ class FullFinetuneRecipe:
                 option=params.ac_option,
                 offload=params.enable_activation_offloading,
             )
-        apply_fsdp(model, self._mesh, dtype=self._dtype, **fsdp_options(params))  # last: it shards what the others made
+        gathered = gathered_dtype(params, self._dtype)
+        apply_fsdp(model, self._mesh, dtype=gathered, **fsdp_options(params))  # last: it shards what the others made
         self._checkpoint.load_into(model, device=self._device, param_dtype=self._param_dtype)
         if self._resume_from_checkpoint:
             # The model's files may be narrower than what is trained.
@@ -207,6 +214,8 @@ class FullFinetuneRecipe:
         self._saves = self._open.enter_context(saves)
         self._samples = open_samples(params, self._checkpoint, self._tokenizer, self.state, self._output.path)
         self._evaluation = open_evaluation(params, self._checkpoint, self._tokenizer, self.state)
+        evaluate = None if self._eval_dataloader is None else self.evaluate
+        tell_plain_rounding(params, self.state, self._model, evaluate, self.metric_loggers)
         self._upkeep = Upkeep(
             params,
             self.state,
@@ -215,7 +224,7 @@ class FullFinetuneRecipe:
             self.metric_loggers,
             device=self._device,
             total_steps=self._optimization.total_steps,
-            evaluate=None if self._eval_dataloader is None else self.evaluate,
+            evaluate=evaluate,
             measure=None if self._evaluation is None else self.measure,
             sample=None if self._samples is None else self.sample,
             save=self.save_checkpoint,
@@ -301,9 +310,7 @@ class FullFinetuneRecipe:
 
         def write_model(folder: Path, held: Held) -> dict[str, Tensor]:
             save_model(folder, self._model, self._checkpoint, held=held)
-            if scheme := qat_scheme(self._params):
-                encoding = encoding_of(self._model, scheme)
-                save_model(folder / QUANTIZED, self._model, self._checkpoint, held=held, encoding=encoding)
+            save_quantized(self._params, folder, self._model, self._checkpoint, held=held)
             return masters(self._model, self._checkpoint, held)
 
         return write_checkpoint(

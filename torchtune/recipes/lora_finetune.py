@@ -2,6 +2,7 @@
 
     tune run lora_finetune model_checkpoint=SmolLM2-135M-Instruct dataset=chats.jsonl
     tune run lora_finetune model_checkpoint=... dataset=... use_dora=true base_quantization=nf4
+    tune run lora_finetune model_checkpoint=... dataset=... qat=int4
 
 Differs from full_finetune.py in its params (lora_params.py), in `_setup_model` and in what `save_checkpoint` writes.
 Methods: Hu et al., 2021 (arXiv:2106.09685), Liu et al., 2024 (DoRA, arXiv:2402.09353), Dettmers et al., 2023 (QLoRA,
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from torchtune.parallel.expert_parallel import apply_expert_parallel
 from torchtune.parallel.fsdp import apply_fsdp, defer_sums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.quantization.kinds import KINDS, packable, packer
+from torchtune.quantization.qat import apply_qat
 from torchtune.recipes.adapters import (
     base_name,
     check_adapters,
@@ -64,8 +65,16 @@ from torchtune.recipes.checks import check_finetune
 from torchtune.recipes.choices import choose_lora_lr, fsdp_options
 from torchtune.recipes.closing import closing_on_error
 from torchtune.recipes.finetune_data import open_loaders
-from torchtune.recipes.lora_params import LoRAParams, lora_groups
+from torchtune.recipes.lora_params import LoRAParams, lora_groups, not_with_qat
 from torchtune.recipes.optimization import Optimization
+from torchtune.recipes.qat_params import (
+    QATParams,
+    check_qat,
+    gathered_dtype,
+    qat_scheme,
+    save_quantized,
+    tell_plain_rounding,
+)
 from torchtune.recipes.run_checkpoint import Saves, verified_training_state, write_checkpoint
 from torchtune.recipes.run_folder import RunFolder, warn_of_changes
 from torchtune.recipes.run_state import RunState
@@ -85,19 +94,29 @@ RECIPE = "lora_finetune"
 
 
 @dataclass(config=STRICT, kw_only=True)
-class LoRAFinetuneParams(LoRAParams):
+class LoRAFinetuneParams(LoRAParams, QATParams):
     """All keys of this recipe."""
 
     @model_validator(mode="after")
     def _trains_an_adapter(self) -> LoRAFinetuneParams:
+        problems = []
         if self.freeze:
-            raise ValueError("freeze: the base is frozen already; modules_to_save names what is trained of it")
+            problems.append("freeze: the base is frozen already; modules_to_save names what is trained of it")
+        if self.qat != "none":
+            problems += not_with_qat(self)
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
 def check(params: LoRAFinetuneParams) -> None:
     """Compare the params with what lies on disk; `tune validate` and `main` call it before anything is loaded."""
-    check_finetune(params, RECIPE, adapt=partial(check_adapters, params))
+
+    def adapt(checkpoint: Checkpoint, model: CausalLM) -> None:
+        check_adapters(params, checkpoint, model)
+        check_qat(params, checkpoint, model)
+
+    check_finetune(params, RECIPE, adapt=adapt)
 
 
 class LoRAFinetuneRecipe:
@@ -189,6 +208,9 @@ class LoRAFinetuneRecipe:
         adapters = open_adapters(params, model)
         self._lora = adapters.config
         apply_lora(model, self._lora, is_given=adapters.start is not None)
+        scheme = qat_scheme(params)
+        if scheme is not None:
+            apply_qat(model, scheme)
         # Compared with whole layers, so before they are split.
         resumed = self._output.resume_from and read_adapter(self._output.resume_from, model)
         apply_tensor_parallel(model, self._mesh.tensor)
@@ -205,7 +227,8 @@ class LoRAFinetuneRecipe:
         kind = params.base_quantization
         packed, block = ([], 1) if kind == "none" else (packable(model), KINDS[kind].block)
         options = fsdp_options(params)
-        whole = apply_fsdp(model, self._mesh, dtype=self._dtype, packed=packed, block=block, **options)
+        gathered = gathered_dtype(params, self._dtype)
+        whole = apply_fsdp(model, self._mesh, dtype=gathered, packed=packed, block=block, **options)
         tell_kept_whole(whole, len(packed))
         allocate_lora(model, device=self._device, dtype=self._param_dtype)
         seed_everything(self.state.seed)
@@ -214,7 +237,7 @@ class LoRAFinetuneRecipe:
             fill(model, start, init=self._lora.init)
         self._base = BaseWeights(
             model,
-            dtype=self._dtype,
+            dtype=self._dtype if scheme is None else None,  # what is to be rounded once is not cast before
             trained_dtype=self._param_dtype,
             frozen=adapters.frozen,
             pack=None if kind == "none" else packer(kind, double_quantization=params.double_quantization),
@@ -260,6 +283,8 @@ class LoRAFinetuneRecipe:
         self._saves = self._open.enter_context(saves)
         self._samples = open_samples(params, self._checkpoint, self._tokenizer, self.state, self._output.path)
         self._evaluation = open_evaluation(params, self._checkpoint, self._tokenizer, self.state)
+        evaluate = None if self._eval_dataloader is None else self.evaluate
+        tell_plain_rounding(params, self.state, self._model, evaluate, self.metric_loggers)
         self._upkeep = Upkeep(
             params,
             self.state,
@@ -268,7 +293,7 @@ class LoRAFinetuneRecipe:
             self.metric_loggers,
             device=self._device,
             total_steps=self._optimization.total_steps,
-            evaluate=None if self._eval_dataloader is None else self.evaluate,
+            evaluate=evaluate,
             measure=None if self._evaluation is None else self.measure,
             sample=None if self._samples is None else self.sample,
             save=self.save_checkpoint,
@@ -347,7 +372,7 @@ class LoRAFinetuneRecipe:
         Args:
             epoch: the epoch that the step belongs to, for the record.
         Returns:
-            The checkpoint's folder; with `save_merged` the whole model is in `merged/` below it.
+            The checkpoint's folder; below it `merged/` is the whole model with `save_merged`, and `quantized/` with `qat`.
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
         """
@@ -358,10 +383,11 @@ class LoRAFinetuneRecipe:
             save_adapter(folder, adapter, self._model, held=held)
             if held.peers.is_main:
                 held.attempt(save_text_files, folder, self._checkpoint)
+            read = self._checkpoint.reader(self._model)
+            merged = MergedWeights(self._model, self._lora, self._base, read, values=values)
             if self._params.save_merged:
-                read = self._checkpoint.reader(self._model)
-                merged = MergedWeights(self._model, self._lora, self._base, read, values=values)
                 save_model(folder / "merged", self._model, self._checkpoint, values=merged, held=held)
+            save_quantized(self._params, folder, self._model, self._checkpoint, values=merged, held=held)
             held.attempt.finish()
             return {}  # the adapter's file holds what is trained to the bit
 

@@ -83,6 +83,22 @@ class LoRAParams(FinetuneParams):
         return (self.lora_targets,) if isinstance(self.lora_targets, str) else tuple(self.lora_targets)
 
 
+def not_with_qat(params: LoRAParams) -> list[str]:
+    """What of an adapter does not go with rounding its merged weights, a line each."""
+    problems = []
+    if params.base_quantization != "none":
+        problems.append("base_quantization: with qat the merged weights are rounded, once; leave it out")
+    if params.use_dora:
+        problems.append("use_dora: with qat the update is a plain one; leave it out")
+    if params.lora_dropout:
+        problems.append(
+            "lora_dropout: with qat the merged weights are computed with, so nothing is dropped; leave it out"
+        )
+    if params.lora_init == "pissa":
+        problems.append("lora_init: 'pissa' splits the weights that qat rounds; leave it out")
+    return problems
+
+
 def lora_config(params: LoRAParams) -> LoRAConfig:
     """The adapter that the keys describe."""
     return LoRAConfig(

@@ -20,6 +20,8 @@ FORMER_NAMES = {
     "lora_finetune_fsdp2": "lora_finetune",
     "qat_distributed": "qat_finetune",
     "qat_single_device": "qat_finetune",
+    "qat_lora_finetune_distributed": "qat_lora_finetune",
+    "qat_lora_finetune_single_device": "qat_lora_finetune",
 }
 
 
