@@ -101,14 +101,16 @@ def test_grouped_attention_in_half_precision(dtype, num_kv_heads):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=0, atol=steps * other.grad.abs().max().item())
 
 
-def test_a_document_is_unchanged_by_its_neighbours():
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_document_is_unchanged_by_its_neighbours(requires_grad):
     """Packing must be invisible, in a group of short documents too."""
-    q, k, v = leaves(60, 4, 2, torch.bfloat16)
+    q, k, v = (tensor.requires_grad_(requires_grad) for tensor in leaves(60, 4, 2, torch.bfloat16))
     packed = attend(q, k, v, Documents.from_lengths([20, 7, 33]), Scores(0.3))
     changed = [tensor.detach().clone() for tensor in (q, k, v)]
     for tensor in changed:
         tensor[:20] = 7.0
         tensor[27:] = -7.0
+        tensor.requires_grad_(requires_grad)
     assert torch.equal(attend(*changed, Documents.from_lengths([20, 7, 33]), Scores(0.3))[20:27], packed[20:27])
 
 

@@ -54,7 +54,8 @@ class Split:
     places: Tensor
 
 
-@dataclass(frozen=True)
+# Not frozen, though nothing changes them: of a frozen one torch 2.11 compiles anew for each number of documents.
+@dataclass(eq=False)
 class Documents:
     """The documents that lie one after the other in a batch.
 
@@ -206,7 +207,7 @@ class Documents:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Rows(Documents):
     """Documents of one length, as many as there are rows in what is traced (torch.export).
 
