@@ -159,9 +159,11 @@ def whole_texts() -> list[str]:
 def write_tasks(folder: Path) -> None:
     """Files of rows and of tasks, as users write them; the examples before questions are the last rows."""
     for kind in kinds():
-        files = {"test": folder / f"{kind.name}.json", "train": folder / f"{kind.name}-train.json"}
+        files = {"test": folder / f"{kind.name}.json"}
         files["test"].write_text(json.dumps(kind.rows))
-        files["train"].write_text(json.dumps(followed(paragraphs())[-8:]))
+        if "fewshot_split" in kind.task:
+            files["train"] = folder / f"{kind.name}-train.json"
+            files["train"].write_text(json.dumps(followed(paragraphs())[-8:]))
         data = {
             "task": f"bench_{kind.name}",
             "dataset_path": "json",
