@@ -27,6 +27,7 @@ def test_products_with_a_copy_of_the_weight(num_rows, has_bias):
 
     with torch.no_grad():
         layer.laid_out = LaidOut.of(layer.weight)
+        assert layer.laid_out is None or layer.laid_out.serves(x, layer.weight) == (num_rows <= 16)
         check()
         layer.weight.mul_(2)
         check()

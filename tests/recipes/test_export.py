@@ -454,7 +454,8 @@ def test_an_adapter_that_names_another_base_says_so(checkpoint, runs, tmp_path, 
 
 def test_an_adapter_for_a_model_of_another_type_is_refused(checkpoint, runs, tmp_path, capsys):
     """Though all its layers are there, in its sizes: a Mistral has a Llama's."""
-    other = shutil.copytree(checkpoint, tmp_path / "other")
+    # Called as the other is, for a name says nothing.
+    other = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     config = json.loads((checkpoint / "config.json").read_text())
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     (other / "config.json").write_text(json.dumps(config | mistral))

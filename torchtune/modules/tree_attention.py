@@ -15,9 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from torchtune.modules.cpu_attention import LENGTH_STEP
 from torchtune.modules.documents import Documents
-
-LENGTH_STEP = 32  # stretches of a group differ by less than this, which bounds the padding
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

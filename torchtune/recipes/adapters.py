@@ -97,7 +97,7 @@ def compare_bases(source: str, adapter: Adapter, base: str, config: Mapping[str,
         CheckpointError: the other lies here and is of another model_type: that it fits is chance.
     """
     named = adapter.base
-    if not named or Path(named).name == Path(base.partition("@")[0]).name:
+    if not named:
         return
     others = Path(named) / "config.json"
     other_type = read_json(others).get("model_type") if others.is_file() else None
@@ -107,7 +107,8 @@ def compare_bases(source: str, adapter: Adapter, base: str, config: Mapping[str,
             f"names and sizes; give model_checkpoint={named}",
             path=source,
         )
-    say(f"{source}: it says that its base is {named}; it fits {base}, which is used")
+    if Path(named).name != Path(base.partition("@")[0]).name:
+        say(f"{source}: it says that its base is {named}; it fits {base}, which is used")
 
 
 def base_name(checkpoint: Checkpoint) -> str:
