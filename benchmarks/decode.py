@@ -3,9 +3,9 @@
     python benchmarks/decode.py                       the quickstart's model
     python benchmarks/decode.py --model DIR --dtype float32
 
-The products are those of a step, of every weight with as many rows as there are prompts: what no decoder of dense
-weights can go below. All three are measured in turn, in one process, and of each the fastest and the median of the
-rounds are shown. Both decode from the same prompts; that their tokens agree is counted.
+The products are those of a step, of every weight with as many rows as there are prompts, by `F.linear`; and by the
+copies of weights that we decode with, below which we cannot go. All are measured in turn, in one process, and of each the
+fastest and the median of the rounds are shown. Both decode from the same prompts; that their tokens agree is counted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,11 +78,12 @@ def measure(
         )
         answers["theirs"] = found[:, prompts.shape[1] :].tolist()
 
-    seconds: dict[str, list[float]] = {"torchtune": [], "transformers": [], "products": []}
+    seconds: dict[str, list[float]] = {"torchtune": [], "transformers": [], "products": [], "products by copies": []}
     for _ in range(options.rounds):
         seconds["torchtune"].append(per_step(by_us, options.new_tokens))
         seconds["transformers"].append(per_step(by_them, options.new_tokens))
         seconds["products"].append(products(ours, dtype, number, options.new_tokens))
+        seconds["products by copies"].append(products_by_copies(ours, dtype, number, options.new_tokens))
     same = [
         next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), options.new_tokens)
         for one, other in zip(answers["ours"], answers["theirs"], strict=True)
@@ -104,10 +107,26 @@ def products(model: CausalLM, dtype: torch.dtype, number: int, num_steps: int) -
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     weights.append(model.head_weight)  # type: ignore[arg-type]
     inputs = {weight.shape[1]: torch.randn(number, weight.shape[1], dtype=dtype) for weight in weights}
+    return timed([partial(F.linear, inputs[weight.shape[1]], weight) for weight in weights], num_steps)
+
+
+@torch.no_grad()
+def products_by_copies(model: CausalLM, dtype: torch.dtype, number: int, num_steps: int) -> float:
+    """The same by the copies that `ready_to_decode` made; where it made none, nothing is to be measured."""
+    held = [(getattr(layer, "joined", None) or layer) for layer in model.model.modules() if hasattr(layer, "laid_out")]
+    copies = [(layer.laid_out, layer.weight) for layer in held if layer.laid_out is not None]
+    if model.head_laid_out is not None:
+        copies.append((model.head_laid_out, model.head_weight))
+    calls = [partial(copy.product, torch.randn(number, weight.shape[1], dtype=dtype), None) for copy, weight in copies]
+    return timed(calls, num_steps) if calls else math.nan
+
+
+def timed(calls: list[Callable[[], torch.Tensor]], num_steps: int) -> float:
+    """Seconds that all of them take once, the mean of several times."""
     start = time.perf_counter()
     for _ in range(num_steps):
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
+        for call in calls:
+            call()
     return (time.perf_counter() - start) / num_steps
 
 

@@ -7,7 +7,9 @@ from transformers.models.auto import AutoConfig
 from tests.models.families import FAMILIES
 from tests.models.oracle import save_random
 from torchtune.checkpoint.load import load_model
-from torchtune.generation.generate import Remembered, generate
+from torchtune.generation import beginnings
+from torchtune.generation.beginnings import Remembered, beginning_of
+from torchtune.generation.generate import generate
 from torchtune.modules.decoding import ready_to_decode
 
 LENGTHS = (3, 1, 17, 9, 2, 30, 5, 8, 1, 12, 4, 21)
@@ -84,3 +86,40 @@ def test_what_is_remembered_is_not_read_again_and_changes_nothing(tmp_path, fami
         assert found == expected
         if not grows:
             assert num_read == len(prompt) - known + 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_read_once(tmp_path, family, monkeypatch):
+    """One of them ends where the others part, another is there twice; slots are used again."""
+    monkeypatch.setattr(beginnings, "MIN_SHARED", 8)
+    save_random(tmp_path, config_of(FAMILIES[family]))
+    model = load_model(tmp_path, dtype=torch.float32)
+    alike = prompts()[5][:13]
+    given = [alike + more[:9] for more in prompts()[:7]]
+    given += [given[3], alike]
+    num_read = 0
+
+    def count(_, args):
+        nonlocal num_read
+        num_read += args[0].numel()
+
+    alone = [answers(model, [ids], max_new_tokens=5)[0].ids for ids in given]
+    for batch_size in (1, 4):
+        num_read = 0
+        with model.model.register_forward_pre_hook(count):
+            together = answers(model, given, max_new_tokens=5, batch_size=batch_size)
+        assert [answer.ids for answer in together] == alone
+        if model.model.turns_alike(1, 10_000):
+            own = sum(len(ids) - 13 for ids in given[:-1]) + 1  # the last token of each is read for what follows
+            assert num_read == 13 + own + 4 * len(given)
+
+
+def test_a_beginning_is_shared_where_it_is_much_of_each_prompt():
+    """Of one prompt there is nothing to share, nor of many that part early."""
+    alike = list(range(40))
+    assert beginning_of([[*alike, 1], [*alike, 2, 3], alike]) == alike
+    assert beginning_of([alike]) == ()
+    assert beginning_of([]) == ()
+    assert beginning_of([[*alike[:31], 7], alike]) == ()
+    assert beginning_of([alike, alike * 5]) == ()
+    assert beginning_of([alike, []]) == ()

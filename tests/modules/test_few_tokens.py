@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.tiny_checkpoint import tiny_config
 from torchtune.models.build import build_model
+from torchtune.modules import linear
 from torchtune.modules.decoding import ready_to_decode
 from torchtune.modules.linear import LaidOut, Linear
 from torchtune.modules.norms import RMSNorm
@@ -13,17 +14,18 @@ from torchtune.modules.norms import RMSNorm
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17])
-def test_products_with_a_copy_of_the_weight(num_rows, has_bias):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float32, 1e-5)])
+def test_products_with_a_copy_of_the_weight(num_rows, has_bias, dtype, tolerance):
     """As without; and of the weight as it is, when it was changed after the copy was made."""
     torch.manual_seed(0)
-    layer = Linear(24, 40, bias=has_bias).bfloat16()
-    x = torch.randn(num_rows, 24).bfloat16()
+    layer = Linear(24, 40, bias=has_bias).to(dtype)
+    x = torch.randn(num_rows, 24).to(dtype)
 
     def check():
         weight, bias = layer.weight.double(), layer.bias.double() if has_bias else None
         found = layer(x)
         assert found.shape == (num_rows, 40)
-        torch.testing.assert_close(found.double(), F.linear(x.double(), weight, bias), rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(found.double(), F.linear(x.double(), weight, bias), rtol=tolerance, atol=tolerance)
 
     with torch.no_grad():
         layer.laid_out = LaidOut.of(layer.weight)
@@ -32,30 +34,45 @@ def test_products_with_a_copy_of_the_weight(num_rows, has_bias):
         layer.weight.mul_(2)
         check()
         layer.laid_out = LaidOut.of(layer.weight)
-        layer.weight = torch.nn.Parameter(torch.randn(40, 24).bfloat16())
+        layer.weight = torch.nn.Parameter(torch.randn(40, 24).to(dtype))
         check()
 
 
-def test_a_copy_is_made_of_plain_bfloat16_matrices_alone():
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_large_products(has_bias, monkeypatch):
+    """By either library, and with gradients; a strided input too."""
+    torch.manual_seed(0)
+    layer = Linear(256, 512, bias=has_bias)
+    x = torch.randn(300, 512)[:, ::2]
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
+    for is_amd in (True, False):
+        monkeypatch.setattr(linear, "_is_amd", lambda is_amd=is_amd: is_amd)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert layer(x).requires_grad
+
+
+def test_a_copy_is_made_of_plain_matrices_alone():
     """And only where the CPU multiplies them."""
-    assert LaidOut.of(torch.randn(8, 8)) is None
+    assert LaidOut.of(torch.randn(8, 8).double()) is None
     assert LaidOut.of(torch.empty(8, 8, device="meta", dtype=torch.bfloat16)) is None
     copy = LaidOut.of(torch.randn(8, 8).bfloat16())
     assert (copy is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def test_a_model_with_copies_has_the_same_logits():
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.bfloat16, 0.05, 0.02), (torch.float32, 1e-4, 1e-5)])
+def test_a_model_with_copies_has_the_same_logits(dtype, rtol, atol):
     """Of few tokens and of many, before and after its weights are changed."""
     torch.manual_seed(0)
     config = tiny_config(num_hidden_layers=2).to_dict()
-    model = build_model(config).bfloat16()
+    model = build_model(config).to(dtype)
     ids = torch.randint(0, config["vocab_size"], (20,))
     with torch.no_grad():
         for _ in range(2):
             expected = [model(ids[:5]), model(ids)]
             ready_to_decode(model)
             for found, other in zip([model(ids[:5]), model(ids)], expected, strict=True):
-                torch.testing.assert_close(found, other, rtol=0.05, atol=0.02)
+                torch.testing.assert_close(found, other, rtol=rtol, atol=atol)
             before = expected[0]
             for parameter in model.parameters():
                 parameter.mul_(1.5)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchtune.distributed.mesh import Axis
+from torchtune.generation.beginnings import num_shared
 from torchtune.modules.documents import Documents, Split, Stretch
 
 MIN_SHARED = 8  # tokens; what is shorter costs more to find again than to compute
@@ -62,10 +63,3 @@ def prefix_tree(texts: Sequence[Sequence[int]], *, alike: Callable[[int, int], b
     split = Split(Axis(), tuple(map(len, texts)), tuple(stretches), torch.cat(places))
     documents = Documents(laid.lengths, torch.tensor(positions), laid.cu_seqlens, split=split)
     return PrefixTree(torch.tensor(ids), documents, places)
-
-
-def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )

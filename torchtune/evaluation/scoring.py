@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtune.evaluation.prefix_tree import num_shared, prefix_tree
+from torchtune.evaluation.prefix_tree import prefix_tree
+from torchtune.generation.beginnings import num_shared
 from torchtune.modules.decoder import CausalLM
 
 BATCH_TOKENS = 4096

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchtune.generation.beginnings import Remembered, beginning_of, read
 from torchtune.generation.sampling import GREEDY, Sampling, choose, generator_of
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.documents import Documents
-from torchtune.modules.kv_cache import KVCache
 
 PREFILL_TOKENS = 4096  # tokens of prompts that are read in one forward
 
@@ -38,33 +38,13 @@ class Answer:
     ended_by: Literal["stop", "length", "context"] | None = None
 
 
-@dataclass
-class Remembered:
-    """What the model has read of the last prompt and answer, for the next prompt, which may begin alike (a chat's does).
-
-    Attributes:
-        ids: those tokens.
-        cache: of one slot, their keys and values.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    cache: KVCache | None = None
-
-    def num_shared(self, ids: Sequence[int]) -> int:
-        """How many of the first of these tokens need not be read; the last is not among them, for it is gone on from."""
-        pairs = zip(self.ids, ids[:-1], strict=False)
-        return next(
-            (place for place, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1)
-        )
-
-
 # Whether an answer that has just got a token ends with it.
 Ends = Callable[[Answer], bool]
 
 
 def generate(
     model: CausalLM,
-    prompts: Iterable[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop_ids: Collection[int] = (),
@@ -79,7 +59,8 @@ def generate(
     """Answer prompts, so many at a time; an answer that ends gives its place to the next prompt.
 
     An answer is the same alone and in any batch, to rounding, and so is a drawn one: each has random numbers of its
-    own. Tokens are those of a forward over the whole text for each: where a text grows so long that other frequencies
+    own. What all prompts begin with is read once, if it is much of them. Tokens are those of a forward over the whole
+    text for each: where a text grows so long that other frequencies
     turn it (longrope, dynamic), it is read again.
 
     Args:
@@ -101,10 +82,13 @@ def generate(
     """
     assert remembered is None or batch_size == 1, batch_size
     batch = _Batch(model, max_new_tokens, frozenset(stop_ids), ends, sampling, seed, logprobs, remembered)
+    beginning = beginning_of(prompts)
     waiting = zip(count(), count() if numbers is None else numbers, prompts)
     was_training = model.training
     model.eval()
     try:
+        if beginning:
+            batch.shared = read(model, beginning)
         while True:
             fresh = list(islice(waiting, batch_size - batch.num_texts))
             if not fresh and not batch.num_texts:
@@ -153,6 +137,7 @@ class _Batch:
     seed: int
     logprobs: bool
     remembered: Remembered | None = None
+    shared: Remembered | None = None
 
     def __post_init__(self) -> None:
         self._device = self.model.model.embed_tokens.weight.device
@@ -180,15 +165,18 @@ class _Batch:
         if len(free) == len(texts):
             for slot, text in zip(free, texts, strict=True):
                 self._slots[slot] = text
-            self._cache.of(*free).forget([self._num_known(text) for text in texts])
+            self._cache.of(*free).forget([self._num_known(text, self.remembered) for text in texts])
         else:
             kept = self._texts
             self._slots = [*kept.values(), *texts]
             self._cache = self._cache.arranged([*kept, *([None] * len(texts))])
+            free = list(range(len(kept), len(self._slots)))
+        if self.shared is not None and self.shared.cache is not None:
+            for slot, text in zip(free, texts, strict=True):
+                self._cache.begin(slot, self.shared.cache, self._num_known(text, self.shared))
 
-    def _num_known(self, text: _Text) -> int:
-        """How many of its tokens are cached, turned by the frequencies that it has itself."""
-        known = self.remembered
+    def _num_known(self, text: _Text, known: Remembered | None) -> int:
+        """How many of its tokens have been read, turned by the frequencies that it has itself."""
         if known is None or not self.model.model.turns_alike(len(known.ids), len(text.ids)):
             return 0
         return known.num_shared(text.ids)

@@ -129,6 +129,15 @@ class KVCache:
             assert length <= self._seen[slot], (slot, length, self._seen[slot])
             self._seen[slot] = length
 
+    def begin(self, slot: int, other: KVCache, length: int) -> None:
+        """Let a slot begin with the first `length` tokens of another cache's first text."""
+        self._seen[slot] = length
+        for layer, its in zip(self.layers, other._buffers, strict=True):
+            if length and its.keys is not None and its.values is not None:
+                keys, values = layer._with_room(length, its.keys[0].transpose(0, 1))
+                keys[slot, :, :length] = its.keys[other.slots[0], :, :length]
+                values[slot, :, :length] = its.values[other.slots[0], :, :length]
+
     def arranged(self, slots: Sequence[int | None]) -> KVCache:
         """A cache of these slots in this order, the same one several times if it is there; None is an empty one."""
         kept = torch.tensor([slot for slot in slots if slot is not None], dtype=torch.int64)

@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 from torchtune.config.strict import STRICT
 from torchtune.data.prompts import Prompt
 from torchtune.errors import ConfigError, DataError
-from torchtune.generation.generate import Remembered, generate
+from torchtune.generation.beginnings import Remembered
+from torchtune.generation.generate import generate
 from torchtune.generation.text import Detokenizer
 from torchtune.recipes.inference import ModelParams, PromptParams, SamplingParams, open_asked
 
