@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 from tests.tiny_checkpoint import tiny_config
 from torchtune.models.build import build_model
-from torchtune.modules import linear
+from torchtune.modules import products
 from torchtune.modules.decoding import ready_to_decode
-from torchtune.modules.linear import LaidOut, Linear
+from torchtune.modules.linear import Linear
 from torchtune.modules.norms import RMSNorm
+from torchtune.modules.products import LaidOut
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -46,7 +47,7 @@ def test_large_products(has_bias, monkeypatch):
     x = torch.randn(300, 512)[:, ::2]
     expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
     for is_amd in (True, False):
-        monkeypatch.setattr(linear, "_is_amd", lambda is_amd=is_amd: is_amd)
+        monkeypatch.setattr(products, "_is_amd", lambda is_amd=is_amd: is_amd)
         with torch.no_grad():
             torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
         assert layer(x).requires_grad
@@ -77,6 +78,90 @@ def test_a_model_with_copies_has_the_same_logits(dtype, rtol, atol):
             for parameter in model.parameters():
                 parameter.mul_(1.5)
             assert not torch.allclose(model(ids[:5]), before, atol=0.05)
+
+
+KINDS = {
+    "plain": {},
+    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "gelu": {"hidden_act": "gelu"},
+    "wide heads": {"head_dim": 32},
+}
+
+
+@pytest.fixture(params=KINDS)
+def stepped(request):
+    """A model that has been made ready, its cache after a prompt, and three tokens."""
+    torch.manual_seed(0)
+    config = tiny_config(num_hidden_layers=2, **KINDS[request.param]).to_dict()
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        ready_to_decode(model)
+        cache = model.empty_cache(3)
+        ids = torch.randint(0, config["vocab_size"], (3, 6))
+        model(ids, cache=cache)
+        yield model, cache, torch.randint(0, config["vocab_size"], (3, 1))
+
+
+def hidden(model, cache, ids, *, by_steps):
+    """Of the tokens behind what is cached, which stays as it is."""
+    steps, model.model.steps = model.model.steps, model.model.steps if by_steps else ()
+    before = cache.lengths
+    found = model(ids, cache=cache)
+    cache.forget(before)
+    model.model.steps = steps
+    return found
+
+
+def test_layers_taken_apart_compute_what_they_are(stepped):
+    """One token of each text, and two."""
+    model, cache, ids = stepped
+    assert all(step is not None and step.is_same() for step in model.model.steps)
+    for each in (ids, torch.cat((ids, ids), dim=1)):
+        expected = hidden(model, cache, each, by_steps=False)
+        torch.testing.assert_close(hidden(model, cache, each, by_steps=True), expected, rtol=1e-5, atol=1e-5)
+
+
+def listen(attention):
+    attention.o_proj.register_forward_hook(lambda *_: torch.zeros(3, attention.o_proj.out_features))
+
+
+def replace(attention):
+    attention.v_proj = Linear(attention.v_proj.in_features, attention.v_proj.out_features)
+
+
+def patch(attention):
+    attention.forward = lambda x, *_: x
+
+
+def change(attention):
+    attention.k_proj.weight.mul_(3)
+
+
+def exchange(attention):
+    attention.q_proj.weight = torch.nn.Parameter(torch.randn_like(attention.q_proj.weight))
+
+
+def move(attention):
+    attention.o_proj.weight.data = torch.randn_like(attention.o_proj.weight)
+
+
+def other_kind(attention):
+    attention.o_proj.__class__ = type("Doubled", (Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)})
+
+
+@pytest.mark.parametrize("alter", [listen, replace, patch, change, exchange, move, other_kind])
+def test_a_layer_that_is_changed_is_called_as_it_is(stepped, alter):
+    """Whatever is done to one of its modules."""
+    model, cache, ids = stepped
+    before = hidden(model, cache, ids, by_steps=True)
+    alter(model.model.layers[1].self_attn)
+    found = hidden(model, cache, ids, by_steps=True)
+    torch.testing.assert_close(found, hidden(model, cache, ids, by_steps=False), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, before, rtol=1e-3)
+    assert [step.is_same() for step in model.model.steps] == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from torchtune.modules.documents import Documents, Rows
 from torchtune.modules.kv_cache import KVCache
-from torchtune.modules.linear import Embedding, LaidOut, Linear, product
+from torchtune.modules.layer_step import LayerStep
+from torchtune.modules.linear import Embedding, Linear
 from torchtune.modules.losses import IGNORE_INDEX, LinearCrossEntropy
 from torchtune.modules.moe import MoE, load_balancing_loss
 from torchtune.modules.naming import Block
+from torchtune.modules.products import FEW_ROWS, LaidOut, product
 from torchtune.modules.rotary import RotaryAngles, RotaryEmbedding
 from torchtune.modules.stored import as_in_model, as_stored, stored_pieces
 from torchtune.modules.vocabulary import VocabularyShare
@@ -33,6 +35,9 @@ class Decoder(Block):
         embedding_scale: what embeddings are multiplied by, rounded to their type (Gemma, Granite).
         learned_positions: a learnt vector is added at each position, so many there are (GPT-2).
         max_positions: the model's context.
+
+    Attributes:
+        steps: what stands for each layer, if anything does, while few tokens go through with a cache.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Decoder(Block):
         self._changing_rotary = {each for each in rotary if each is not None and each.for_length is not None}
         self.embedding_scale = embedding_scale
         self.max_positions = max_positions
+        self.steps: Sequence[LayerStep | None] = ()
 
     def forward(
         self,
@@ -78,7 +84,7 @@ class Decoder(Block):
             # Rounded as the models were trained: sqrt(3072) is 55.5 in bfloat16.
             hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
         angles = self._angles(documents, hidden_states.dtype, cache)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._layers(hidden_states, cache)):
             layer_cache = cache.layers[index] if cache is not None else None
             hidden_states = layer(hidden_states, angles[index], documents, layer_cache)
         if cache is not None:
@@ -92,6 +98,15 @@ class Decoder(Block):
         is of no more use.
         """
         return all(rotary.turns_alike(before, after) for rotary in self._changing_rotary)
+
+    def _layers(self, hidden_states: Tensor, cache: KVCache | None) -> Iterable[Callable[..., Tensor]]:
+        """The layers, or what stands for them."""
+        if not self.steps or cache is None or len(hidden_states) > FEW_ROWS or torch.is_grad_enabled():
+            return self.layers
+        if hidden_states.dtype != self.embed_tokens.weight.dtype:
+            return self.layers
+        pairs: Iterable[tuple[nn.Module, LayerStep | None]] = zip(self.layers, self.steps, strict=True)
+        return [layer if step is None or not step.is_same() else step for layer, step in pairs]
 
     def _check_lengths(self, documents: Documents, cache: KVCache | None) -> None:
         """Refuse what there are no positions for, and a cache whose keys were turned by other frequencies."""

@@ -10,7 +10,9 @@ from torch import nn
 from torchtune.modules.attention import Attention
 from torchtune.modules.decoder import CausalLM
 from torchtune.modules.feed_forward import FeedForward
-from torchtune.modules.linear import LaidOut, Linear, join
+from torchtune.modules.layer_step import LayerStep
+from torchtune.modules.linear import Linear, join
+from torchtune.modules.products import LaidOut
 
 MEMORY_SHARE = 8  # copies of weights may take one part of so many of the machine's memory
 
@@ -39,6 +41,7 @@ def ready_to_decode(model: CausalLM) -> None:
         if type(layer) is Linear and layer not in joined:
             layer.laid_out = LaidOut.of(layer.weight)
     model.head_laid_out = LaidOut.of(model.head_weight)
+    model.model.steps = [LayerStep.of(layer) for layer in model.model.layers]
 
 
 def _of_one_input(module: nn.Module) -> list[nn.Module]:

@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled():
                 few = x.numel() <= FEW_VALUES and weight.dtype == x.dtype
-                return _rms_normed_few(x, weight, self.eps) if few else _rms_normed(x, weight, self.eps)[0]
+                return rms_normed_few(x, weight, self.eps) if few else _rms_normed(x, weight, self.eps)[0]
             return _RMSNormFunction.apply(x, weight, self.eps)
         if self.from_one:
             return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps).to(x.dtype)
@@ -98,7 +98,7 @@ def _rms_normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * inv_rms).mul_(weight).to(x.dtype), inv_rms
 
 
-def _rms_normed_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_normed_few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same of so few values that the number of operators is what takes time.
 
     (x, -x) has the mean zero and the variance mean(x^2): layer norm, which is one kernel, divides by rms(x).

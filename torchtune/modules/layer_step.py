@@ -1,0 +1,159 @@
+"""A few tokens through a decoder layer by operators alone, as in each step of decoding.
+
+In such a step calling modules takes as long as the small operators between the products. What the modules of the usual
+layer do is therefore written out here once more, over the copies of weights that few rows are multiplied with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtune.modules.attend import Scores, attend
+from torchtune.modules.attention import Attention
+from torchtune.modules.documents import Documents
+from torchtune.modules.feed_forward import FeedForward, silu_product
+from torchtune.modules.kv_cache import LayerCache
+from torchtune.modules.layers import DecoderLayer
+from torchtune.modules.linear import Linear
+from torchtune.modules.norms import RMSNorm, rms_normed_few
+from torchtune.modules.products import place_of
+from torchtune.modules.rotary import RotaryAngles
+
+OfRows = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """The usual layer (Llama, Mistral, Qwen): RMSNorm, attention, RMSNorm, a gated feed-forward.
+
+    Letters: T tokens, D hidden_size.
+
+    Attributes:
+        input_norm, qkv, q_norm, k_norm, output, feed_norm, gate_up, down: what [T, ...] goes through, in this order;
+            norms of queries and keys may be none.
+        activation: of the gate.
+        is_same: tells whether the layer is what it was when it was taken apart.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scores: Scores
+    input_norm: OfRows
+    qkv: OfRows
+    q_norm: OfRows | None
+    k_norm: OfRows | None
+    output: OfRows
+    feed_norm: OfRows
+    gate_up: OfRows
+    down: OfRows
+    activation: OfRows
+    is_same: Callable[[], bool]
+
+    def __call__(
+        self, hidden_states: Tensor, rotary: RotaryAngles | None, documents: Documents, cache: LayerCache
+    ) -> Tensor:
+        """hidden_states [T, D] -> [T, D]: as the layer's `forward`."""
+        num_turned = self.num_heads + self.num_kv_heads
+        heads = self.qkv(self.input_norm(hidden_states)).view(-1, num_turned + self.num_kv_heads, self.head_dim)
+        turned, v = heads[:, :num_turned], heads[:, num_turned:]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
+            turned = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        if rotary is not None:
+            turned = rotary.turn(turned)
+        q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
+        context = attend(q, k, v, documents, self.scores, cache=cache)
+        hidden_states = hidden_states + self.output(context.flatten(1))
+        gate, up = self.gate_up(self.feed_norm(hidden_states)).chunk(2, dim=-1)
+        gated = silu_product(gate, up) if self.activation is F.silu else self.activation(gate) * up
+        return hidden_states + self.down(gated)
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerStep | None:
+        """Take apart a layer whose weights have been joined and copied, if it is of the usual kind."""
+        if type(layer) is not DecoderLayer or layer.shared_mlp is not None or layer.residual_scale != 1.0:
+            return None
+        attention, mlp = layer.self_attn, layer.mlp
+        if type(attention) is not Attention or type(mlp) is not FeedForward or not _is_usual(attention) or mlp.fused:
+            return None
+        linear: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+        if attention.norm_at is not None:
+            norms += [attention.q_norm, attention.k_norm]
+        weights: list[Tensor] = [each.weight for each in (*linear, *norms)]
+        normed = [each for norm in norms if (each := _norm(norm)) is not None]
+        firsts = (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
+        products = [each for first in firsts if (each := _product(first)) is not None]
+        if len(normed) < len(norms) or len(products) < len(firsts) or len({weight.dtype for weight in weights}) > 1:
+            return None
+        head_dim, (num_queries, num_keys) = attention.head_dim, map(len, weights[:2])
+        return cls(
+            num_heads=num_queries // head_dim,
+            num_kv_heads=num_keys // head_dim,
+            head_dim=head_dim,
+            scores=attention.scores,
+            input_norm=normed[0],
+            qkv=products[0],
+            q_norm=normed[2] if attention.norm_at else None,
+            k_norm=normed[3] if attention.norm_at else None,
+            output=products[1],
+            feed_norm=normed[1],
+            gate_up=products[2],
+            down=products[3],
+            activation=mlp.activation,
+            is_same=_watch([layer, attention, mlp], [*linear, *norms]),
+        )
+
+
+def _is_usual(attention: Attention) -> bool:
+    if attention.fused is not None or attention.norm_at not in (None, "head"):
+        return False
+    return attention.clip is None and attention.query_scale is None and attention.sinks is None
+
+
+def _norm(norm: nn.Module) -> OfRows | None:
+    if type(norm) is not RMSNorm or norm.from_one or norm.axis.size > 1:
+        return None
+    return partial(rms_normed_few, weight=norm.weight, eps=norm.eps)
+
+
+def _product(first: nn.Module) -> OfRows | None:
+    """With the weights of a layer and those joined to it."""
+    if type(first) is not Linear or first.bias_share != 1.0:
+        return None
+    held = first if first.joined is None else first.joined
+    return None if held.laid_out is None else partial(held.laid_out.product, bias=held.bias)
+
+
+def _watch(blocks: Sequence[nn.Module], leaves: Sequence[nn.Module]) -> Callable[[], bool]:
+    """A function that tells whether children, their kinds and weights are those of now, and nobody listens to them.
+
+    Quick, for it is asked of each layer in each step.
+    """
+    modules = [*blocks, *leaves]
+    children = [(block._modules, name, child) for block in blocks for name, child in block._modules.items()]
+    kinds = [(module, type(module)) for module in modules]
+    parameters = [(leaf._parameters, name, each) for leaf in leaves for name, each in leaf._parameters.items()]
+    held = [each for _, _, each in parameters if each is not None]
+    places = [place_of(each) for each in held]
+    hooks = [listening for each in modules for listening in (each._forward_hooks, each._forward_pre_hooks)]
+
+    def is_same() -> bool:
+        return (
+            not any(hooks)
+            and all(names.get(name) is one for names, name, one in children)
+            and all(names.get(name) is one for names, name, one in parameters)
+            and all(type(module) is kind and "forward" not in module.__dict__ for module, kind in kinds)
+            and [place_of(each) for each in held] == places
+        )
+
+    return is_same
