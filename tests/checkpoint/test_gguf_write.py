@@ -270,9 +270,11 @@ def test_pieces_of_sentencepiece(tmp_path):
         assert ours.encode(text).ids == theirs.encode(text).ids, text
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("llama", "LlamaTokenizer"), ("gemma", "GemmaTokenizer")])
-def test_a_sentencepiece_model_keeps_its_scores(tmp_path, kind, layout):
-    """Its own; ids of the folder, and of SentencePiece for text without special tokens. What the format does otherwise is told."""
+SENTENCEPIECE = {"llama": "LlamaTokenizer", "gemma": "GemmaTokenizer"}
+
+
+def sentencepiece_folder(folder, kind):
+    """A checkpoint with a `tokenizer.model` alone, and SentencePiece's reader of that."""
     content = sentencepiece_model(kind)
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
     ends = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": None}
@@ -280,11 +282,19 @@ def test_a_sentencepiece_model_keeps_its_scores(tmp_path, kind, layout):
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
     config = transformers.LlamaConfig if kind == "llama" else transformers.Gemma3TextConfig
     scale = {} if kind == "llama" else {"query_pre_attn_scalar": 16}
-    folder = save_tiny_checkpoint(tmp_path / "hf", config(**sizes, **ends, **scale))
+    save_tiny_checkpoint(folder, config(**sizes, **ends, **scale))
     for file in [*folder.glob("token*"), *folder.glob("special*")]:
         file.unlink()
     (folder / "tokenizer.model").write_bytes(content)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": layout, "add_bos_token": True}))
+    options = {"tokenizer_class": SENTENCEPIECE[kind], "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(options))
+    return folder, model
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_a_sentencepiece_model_keeps_its_scores(tmp_path, kind):
+    """Its own; ids of the folder, and of SentencePiece for text without special tokens. What the format does otherwise is told."""
+    folder, model = sentencepiece_folder(tmp_path / "hf", kind)
     plan = write(folder, tmp_path / "tiny.gguf")
     scores = plan.metadata["tokenizer.ggml.scores"]
     assert scores[: model.vocab_size()] == [model.get_score(token_id) for token_id in range(model.vocab_size())]

@@ -19,8 +19,18 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoint.test_gguf import TEXTS
-from tests.checkpoint.test_gguf_write import BY_LAYERS, WRITABLE, trained, with_tokenizer, write
+from tests.checkpoint.test_gguf_write import (
+    BY_LAYERS,
+    SENTENCEPIECE,
+    WRITABLE,
+    sentencepiece_folder,
+    trained,
+    with_tokenizer,
+    write,
+)
 from tests.models.oracle import assert_close, save_random
+from tests.trained_vocabularies import TEXTS as SENTENCEPIECE_TEXTS
+from tests.trained_vocabularies import python_lines, random_texts
 from torchtune.checkpoint.load import load_model
 from torchtune.checkpoint.open import open_checkpoint
 from torchtune.modules.linear import Linear
@@ -105,6 +115,22 @@ def test_llama_cpp_cuts_text_as_we_do(tmp_path, layout):
     found = ask(tmp_path / "tiny.gguf", tmp_path, texts=texts)["ids"]
     different = [text for text, ids in zip(texts, found, strict=True) if tokenizer.encode(text).ids != ids]
     assert not different
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_llama_cpp_cuts_text_by_pieces_as_we_do(tmp_path, kind):
+    """Scores, bytes for what has no piece, spaces; special tokens among the texts.
+
+    Gemma's pieces of several spaces llama.cpp looks for before it writes spaces as ▁: a ▁ of the text is none to it.
+    """
+    folder, _ = sentencepiece_folder(tmp_path / "hf", kind)
+    write(folder, tmp_path / "tiny.gguf")
+    tokenizer = open_checkpoint(tmp_path / "tiny.gguf").tokenizer()
+    texts = [*SENTENCEPIECE_TEXTS, *TEXTS, *PROBES, *random_texts(200), *python_lines()[:200], "a<s>b </s> c"]
+    found = ask(tmp_path / "tiny.gguf", tmp_path, texts=texts)["ids"]
+    assert {begin for begin, *_ in found} == {tokenizer.bos_id}
+    different = [text for text, ids in zip(texts, found, strict=True) if [*tokenizer.encode(text).ids] != ids[1:]]
+    assert not [text for text in different if kind == "llama" or "▁" not in text]
 
 
 @pytest.fixture(scope="module")
