@@ -18,7 +18,7 @@ MEMORY_SHARE = 8  # copies of weights may take one part of so many of the machin
 
 
 def ready_to_decode(model: CausalLM) -> None:
-    """Join projections, and copy weights in the order that products of few rows want.
+    """Join projections, copy weights in the order that products of few rows want, take layers of the usual kind apart.
 
     Queries, keys and values are then made in one product, gate and up in another: two products a layer for five.
 

@@ -31,7 +31,7 @@ OfRows = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LayerStep:
-    """The usual layer (Llama, Mistral, Qwen): RMSNorm, attention, RMSNorm, a gated feed-forward.
+    """The usual layer (Llama, Mistral, Qwen, Phi-3): RMSNorm, attention, RMSNorm, a gated feed-forward.
 
     Letters: T tokens, D hidden_size.
 
@@ -39,6 +39,7 @@ class LayerStep:
         input_norm, qkv, q_norm, k_norm, output, feed_norm, gate_up, down: what [T, ...] goes through, in this order;
             norms of queries and keys may be none.
         activation: of the gate.
+        residual_scale: what attention and feed-forward are multiplied by before they are added.
         is_same: tells whether the layer is what it was when it was taken apart.
     """
 
@@ -55,6 +56,7 @@ class LayerStep:
     gate_up: OfRows
     down: OfRows
     activation: OfRows
+    residual_scale: float
     is_same: Callable[[], bool]
 
     def __call__(
@@ -71,35 +73,37 @@ class LayerStep:
             turned = rotary.turn(turned)
         q, k = turned[:, : self.num_heads], turned[:, self.num_heads :]
         context = attend(q, k, v, documents, self.scores, cache=cache)
-        hidden_states = hidden_states + self.output(context.flatten(1))
+        hidden_states = torch.add(hidden_states, self.output(context.flatten(1)), alpha=self.residual_scale)
         gate, up = self.gate_up(self.feed_norm(hidden_states)).chunk(2, dim=-1)
         gated = silu_product(gate, up) if self.activation is F.silu else self.activation(gate) * up
-        return hidden_states + self.down(gated)
+        return torch.add(hidden_states, self.down(gated), alpha=self.residual_scale)
 
     @classmethod
     def of(cls, layer: nn.Module) -> LayerStep | None:
         """Take apart a layer whose weights have been joined and copied, if it is of the usual kind."""
-        if type(layer) is not DecoderLayer or layer.shared_mlp is not None or layer.residual_scale != 1.0:
+        if type(layer) is not DecoderLayer or layer.shared_mlp is not None:
             return None
         attention, mlp = layer.self_attn, layer.mlp
-        if type(attention) is not Attention or type(mlp) is not FeedForward or not _is_usual(attention) or mlp.fused:
+        if type(attention) is not Attention or type(mlp) is not FeedForward or not _is_usual(attention):
             return None
-        linear: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        qkv: list[Any] = [attention.qkv_proj] if attention.fused else [getattr(attention, f"{x}_proj") for x in "qkv"]
+        gate_up: list[Any] = [mlp.gate_up_proj] if mlp.fused else [mlp.gate_proj, mlp.up_proj]
+        linear = [*qkv, attention.o_proj, *gate_up, mlp.down_proj]
         norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
         if attention.norm_at is not None:
             norms += [attention.q_norm, attention.k_norm]
-        weights: list[Tensor] = [each.weight for each in (*linear, *norms)]
+        dtypes = {parameter.dtype for each in (*linear, *norms) for parameter in each.parameters()}
         normed = [each for norm in norms if (each := _norm(norm)) is not None]
-        firsts = (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
+        firsts = (qkv[0], attention.o_proj, gate_up[0], mlp.down_proj)
         products = [each for first in firsts if (each := _product(first)) is not None]
-        if len(normed) < len(norms) or len(products) < len(firsts) or len({weight.dtype for weight in weights}) > 1:
+        if len(normed) < len(norms) or len(products) < len(firsts) or len(dtypes) > 1:
             return None
-        head_dim, (num_queries, num_keys) = attention.head_dim, map(len, weights[:2])
+        num_rows = sum(len(each.weight) for each in qkv)
+        num_kv_heads = num_rows // (attention.head_dim * (attention.heads_per_kv_head + 2))
         return cls(
-            num_heads=num_queries // head_dim,
-            num_kv_heads=num_keys // head_dim,
-            head_dim=head_dim,
+            num_heads=num_kv_heads * attention.heads_per_kv_head,
+            num_kv_heads=num_kv_heads,
+            head_dim=attention.head_dim,
             scores=attention.scores,
             input_norm=normed[0],
             qkv=products[0],
@@ -110,12 +114,13 @@ class LayerStep:
             gate_up=products[2],
             down=products[3],
             activation=mlp.activation,
+            residual_scale=layer.residual_scale,
             is_same=_watch([layer, attention, mlp], [*linear, *norms]),
         )
 
 
 def _is_usual(attention: Attention) -> bool:
-    if attention.fused is not None or attention.norm_at not in (None, "head"):
+    if attention.fused == "by_head" or attention.norm_at not in (None, "head"):
         return False
     return attention.clip is None and attention.query_scale is None and attention.sinks is None
 
