@@ -192,5 +192,4 @@ def test_types_are_read_alike(written, tmp_path, kind):
         rounded = model(torch.tensor([ids]))
     scale = exact.square().mean().sqrt()
     off, allowed = ((x - exact).square().mean().sqrt() / scale for x in (found, rounded))
-    print(f"{kind}: llama.cpp {off:.2g}, our rounding {allowed:.2g}")
-    assert off <= 2 * allowed + 1e-5
+    assert off <= 2 * allowed + 1e-5, f"llama.cpp {off:.2g}, our rounding {allowed:.2g}"
