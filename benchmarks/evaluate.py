@@ -329,7 +329,7 @@ def report(rows: list[dict[str, Any]], dtype: torch.dtype, options: argparse.Nam
     import transformers
 
     title = options.model.name if options.model else "SmolLM2-135M-Instruct"
-    command = f"python benchmarks/evaluate.py --dtype {options.dtype} --rounds {options.rounds}"
+    command = f"python benchmarks/evaluate.py{' --model DIR' if options.model else ''} --dtype {options.dtype} --rounds {options.rounds}"
     command += f" --batch-sizes {' '.join(map(str, options.batch_sizes))}"
     lines = [
         f"# lm-eval's requests of {title} in {dtype_name(dtype)}, {datetime.date.today()}",
