@@ -4,12 +4,11 @@ Functions for ranks stand here and not beside their tests, which import transfor
 """
 
 from contextlib import nullcontext
-from functools import partial
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
+from tests.traced import apply_traced
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.lora import LoRALinear, apply_lora
 from torchtune.distributed.mesh import Axis
@@ -21,7 +20,6 @@ from torchtune.modules.vocabulary import VocabularyShare
 from torchtune.parallel.splits import unsplit_parameters
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
-from torchtune.training.compiling import apply_compile
 
 LENGTHS = (9, 1, 14)
 
@@ -100,9 +98,7 @@ def check_tensor_parallel_model(config, lora=None, checkpointed=False, compiled=
         assert_same(split(ids, documents), whole(ids, documents), "logits")
     if compiled:
         torch._dynamo.reset()
-        # Traced and differentiated as ever; only the generated code, which takes minutes, is left out.
-        with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-            apply_compile(split.model.layers)
+        apply_traced(split.model.layers)
     if checkpointed:
         apply_activation_checkpointing(split.model.layers)
     # Layers that are alike share what is compiled; with a forward wrapped on each, each would be compiled.

@@ -1,11 +1,8 @@
 """What docs/distributed.md says goes together does, and what it says is refused is."""
 
 import itertools
-from functools import partial
-from unittest import mock
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig
 
@@ -13,6 +10,7 @@ from tests.parallel.pairs import BEGIN, DATA_RANKS, DOCUMENT, END, FACTORS, NUM_
 from tests.recipes.conftest import ROWS
 from tests.recipes.many_ranks import RECIPES, same_tensors, train
 from tests.tiny_checkpoint import VOCAB_SIZE, save_tiny_checkpoint, tiny_config
+from tests.traced import traced
 from torchtune.config.parse import parse_params
 from torchtune.distributed.process_group import planned_world_size
 from torchtune.errors import ConfigError
@@ -52,8 +50,8 @@ def models(tmp_path_factory):
 
 
 def train_traced(recipe, keys):
-    """`train`; what is compiled is traced and differentiated, and run without the minutes that code for it takes."""
-    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+    """`train`; what is compiled is traced alone."""
+    with traced():
         return train(recipe, keys)
 
 
