@@ -106,6 +106,7 @@ def kinds() -> list[Kind]:
         Kind("letter", "4 answers of one token", False, next_one[:16], letters),
         Kind("likelihood", "the last word of a paragraph", False, words[:40], last_word),
         Kind("rolling", "whole texts", False, [{"text": text} for text in whole[:6]], rolling),
+        Kind("rolling_short", "whole paragraphs", False, [{"text": text} for text in texts[:40]], rolling),
         Kind("until", "answers of up to 48 tokens, with stop texts", False, next_one[:12], until),
         Kind("until_shots", "the same behind 5 examples", True, next_one[:8], until | shots),
     ]
