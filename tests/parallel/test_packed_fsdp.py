@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.traced import apply_traced
 from torchtune.adapters.base_weights import BaseWeights
 from torchtune.adapters.config import LoRAConfig
 from torchtune.adapters.init import allocate_lora, init_lora
@@ -25,6 +24,7 @@ from torchtune.parallel.gradients import GradientSums
 from torchtune.parallel.tensor_parallel import apply_tensor_parallel
 from torchtune.quantization.kinds import KINDS, packable, packer
 from torchtune.training.activation_checkpointing import apply_activation_checkpointing
+from torchtune.training.compiling import apply_compile
 from torchtune.training.precision import autocast
 from torchtune.training.stepped import SteppedParameters
 
@@ -248,7 +248,7 @@ def test_what_does_not_divide_stays_whole(two_ranks, bases):
 
 
 def compiled(folder):
-    compare(folder / "llama", MeshSizes(), 1e-9, kind="nf4", transform=apply_traced)
+    compare(folder / "llama", MeshSizes(), 1e-9, kind="nf4", transform=apply_compile)
 
 
 @pytest.mark.slow

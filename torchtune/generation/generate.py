@@ -60,8 +60,7 @@ def generate(
 
     An answer is the same alone and in any batch, to rounding, and so is a drawn one: each has random numbers of its
     own. What all prompts begin with is read once, if it is much of them. Tokens are those of a forward over the whole
-    text for each: where a text grows so long that other frequencies
-    turn it (longrope, dynamic), it is read again.
+    text for each: where a text grows so long that other frequencies turn it (longrope, dynamic), it is read again.
 
     Args:
         prompts: the tokens of each, with whatever the template puts before an answer.

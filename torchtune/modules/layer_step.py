@@ -94,9 +94,9 @@ class LayerStep:
             norms += [attention.q_norm, attention.k_norm]
         dtypes = {parameter.dtype for each in (*linear, *norms) for parameter in each.parameters()}
         normed = [each for norm in norms if (each := _norm(norm)) is not None]
-        firsts = (qkv[0], attention.o_proj, gate_up[0], mlp.down_proj)
-        products = [each for first in firsts if (each := _product(first)) is not None]
-        if len(normed) < len(norms) or len(products) < len(firsts) or len(dtypes) > 1:
+        groups = (qkv, [attention.o_proj], gate_up, [mlp.down_proj])
+        products = [each for group in groups if (each := _product(group)) is not None]
+        if len(normed) < len(norms) or len(products) < len(groups) or len(dtypes) > 1:
             return None
         num_rows = sum(len(each.weight) for each in qkv)
         num_kv_heads = num_rows // (attention.head_dim * (attention.heads_per_kv_head + 2))
@@ -131,11 +131,15 @@ def _norm(norm: nn.Module) -> OfRows | None:
     return partial(rms_normed_few, weight=norm.weight, eps=norm.eps)
 
 
-def _product(first: nn.Module) -> OfRows | None:
-    """With the weights of a layer and those joined to it."""
-    if type(first) is not Linear or first.bias_share != 1.0:
+def _product(layers: Sequence[Any]) -> OfRows | None:
+    """With the weight of a layer, or those of several that are joined as they are now."""
+    if any(type(each) is not Linear or each.bias_share != 1.0 for each in layers):
         return None
-    held = first if first.joined is None else first.joined
+    held = layers[0]
+    if len(layers) > 1:
+        held = held.joined
+        if held is None or not held.holds(layers):
+            return None
     return None if held.laid_out is None else partial(held.laid_out.product, bias=held.bias)
 
 

@@ -124,9 +124,13 @@ class Joined:
 
     def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
         """Whether these are the layers, still as they were, and no gradient is asked for."""
-        if torch.is_grad_enabled() or x.dtype != self.weight.dtype or _places(layers) != self.places:
+        if torch.is_grad_enabled() or x.dtype != self.weight.dtype or not self.holds(layers):
             return False
         return not any(map(has_hooks, layers))
+
+    def holds(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether these are the layers, with the weights that were joined."""
+        return _places(layers) == self.places
 
 
 def join(layers: Sequence[nn.Module]) -> None:
