@@ -123,3 +123,4 @@ def test_a_beginning_is_shared_where_it_is_much_of_each_prompt():
     assert beginning_of([[*alike[:31], 7], alike]) == ()
     assert beginning_of([alike, alike * 5]) == ()
     assert beginning_of([alike, []]) == ()
+    assert beginning_of([alike, alike, [*alike[:35], 7]]) == alike[:35]

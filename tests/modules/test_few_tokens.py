@@ -84,6 +84,22 @@ def test_a_model_with_copies_has_the_same_logits(dtype, rtol, atol):
             assert not torch.allclose(model(ids[:5]), before, atol=0.05)
 
 
+def test_weights_made_in_inference_mode_are_taken_as_they_are():
+    """Nobody counts their changes, so that no copy can be told to be one of what they are now."""
+    config = tiny_config(num_hidden_layers=1).to_dict()
+    with torch.inference_mode():
+        model = build_model(config)
+        cache, ids = model.empty_cache(1), torch.tensor([[3, 5, 7]])
+        expected = model(ids)
+        ready_to_decode(model)
+        torch.testing.assert_close(model(ids, cache=cache), expected)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        torch.testing.assert_close(model(ids), model(ids, cache=model.empty_cache(1)))
+        assert model.head_laid_out is None
+        assert model.model.steps == [None]
+
+
 KINDS = {
     "plain": {},
     "grouped": {"num_attention_heads": 4, "num_key_value_heads": 1},

@@ -119,7 +119,7 @@ class Joined:
     weight: Tensor
     bias: Tensor | None
     sizes: tuple[int, ...]
-    places: tuple[tuple[int, int], ...]
+    places: tuple[tuple[int, object], ...]
     laid_out: LaidOut | None = None
 
     def serves(self, layers: Sequence[nn.Module], x: Tensor) -> bool:
@@ -155,7 +155,7 @@ def join(layers: Sequence[nn.Module]) -> None:
     linear[0].joined = Joined(weight, bias, sizes, _places(linear))
 
 
-def _places(layers: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+def _places(layers: Sequence[Any]) -> tuple[tuple[int, object], ...]:
     # Read from where modules keep them: asked for in every step, attributes would take longer than all else here.
     held = [layer._parameters for layer in layers]
     return tuple(place_of(own[name]) for own in held for name in ("weight", "bias") if own[name] is not None)

@@ -62,14 +62,16 @@ class LaidOut:
     """
 
     weight: Tensor
-    place: tuple[int, int]
+    place: tuple[int, object]
 
     @classmethod
     def of(cls, weight: Tensor) -> LaidOut | None:
         """A copy, where torch can make one: of a plain float32 matrix, or a bfloat16 one, on an x86 CPU that multiplies it."""
-        if type(weight) not in PLAIN or weight.device.type != "cpu" or platform.machine().lower() not in X86:
+        if type(weight) not in PLAIN or weight.is_inference() or weight.device.type != "cpu":
             return None
-        if weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        if platform.machine().lower() not in X86 or not torch.backends.mkldnn.is_available():
+            return None
+        if weight.dtype not in (torch.float32, torch.bfloat16):
             return None
         if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
@@ -87,6 +89,9 @@ class LaidOut:
         return _onednn_product(x, self.weight, bias)
 
 
-def place_of(weight: Tensor) -> tuple[int, int]:
-    """Where a weight begins in memory, and how often it has been changed: the same while it is what it was."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def place_of(weight: Tensor) -> tuple[int, object]:
+    """Where a weight begins in memory, and how often it has been changed: the same while it is what it was.
+
+    Of one that was made in inference mode nobody counts the changes, and it is never the same.
+    """
+    return weight.data_ptr(), object() if weight.is_inference() else weight._version
